@@ -1,0 +1,1 @@
+"""Builders that turn datasets in their published layouts into USCDF rows."""

@@ -1,0 +1,142 @@
+"""The model card: metadata for the Hub and a text that says what the configuration and the caller know, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel, ProcessorMixin
+
+TAGS = ("mglmm", "image-segmentation", "grounded-captioning")
+# The encoders of images run without gradients in this architecture, whatever is trained around them.
+FROZEN = ("vision_tower", "pixel_encoder")
+
+
+def model_card(
+    model: PreTrainedModel,
+    processor: ProcessorMixin | None = None,
+    *,
+    model_name: str,
+    repo_id: str | None = None,
+    base_model: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    language: str | Sequence[str] = "en",
+    license: str | None = None,
+    trained: Sequence[str] = (),
+    training: str = "",
+    metrics: Sequence[EvalResult] = (),
+    limits: Sequence[str] = (),
+) -> ModelCard:
+    """
+    The card of a checkpoint.
+
+    Args:
+        model: `MglmmForConditionalGeneration`.
+        processor: Its `MglmmProcessor`; adds the image sizes and the context length.
+        model_name: Title, and the name of the results' model.
+        repo_id: Folder or hub id in the usage example, `model_name` by default.
+        base_model, datasets: Hub ids of the pretrained parts and of the training data.
+        language: ISO 639-1 code(s) of the text.
+        license: Identifier that the Hub knows, such as "apache-2.0".
+        trained: Names of the parts that training changed, as in the card's table of parts.
+        training: Markdown on data, steps and hardware.
+        metrics: Results, each with the data it was measured on.
+        limits: Sentences on what this checkpoint cannot do, beside those of the architecture.
+
+    Raises:
+        ValueError: if `trained` names a part that the model does not have or that is never trained.
+    """
+    parts = _parts(model, trained)
+    data = ModelCardData(
+        model_name=model_name if metrics else None,  # the name under which the Hub lists the results
+        base_model=list(base_model) or None,
+        datasets=list(datasets) or None,
+        language=language if isinstance(language, str) else list(language),
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=list(TAGS),
+        eval_results=list(metrics) or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        model_name=model_name,
+        summary=_summary(model),
+        repo_id=repo_id or model_name,
+        base_model=list(base_model),
+        transformers_version=transformers.__version__,
+        parts=parts,
+        trained=trained,
+        training=training,
+        facts=_facts(model, processor),
+        results=metrics,
+        limits=[*_architecture_limits(model), *limits],
+    )
+
+
+def _summary(model: PreTrainedModel) -> str:
+    config = model.config
+    return (
+        f"A vision-language model of {_millions(model.num_parameters())} parameters: `{config.text_config.model_type}` "
+        f"writes the text, `{config.vision_config.model_type}` sees the image, and SAM's mask decoder draws the masks."
+    )
+
+
+def _parts(model: PreTrainedModel, trained: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of the table of parts; a head tied to the embeddings has no row of its own."""
+    rows = []
+    seen: set[int] = set()
+    for name, module in [*model.model.named_children(), ("lm_head", model.lm_head)]:
+        parameters = [parameter for parameter in module.parameters() if id(parameter) not in seen]
+        seen.update(map(id, parameters))
+        if not parameters:
+            continue
+        architecture = f"`{module.config.model_type}`" if isinstance(module, PreTrainedModel) else type(module).__name__
+        rows.append(
+            {
+                "name": name,
+                "architecture": architecture,
+                "parameters": _millions(sum(parameter.numel() for parameter in parameters)),
+                "trained": "yes" if name in trained else "no",
+            }
+        )
+    known = [row["name"] for row in rows if row["name"] not in FROZEN]
+    if unknown := [name for name in trained if name not in known]:
+        raise ValueError(f"trained names {unknown}; the parts that can be trained are {known}")
+    return rows
+
+
+def _facts(model: PreTrainedModel, processor: Any) -> list[str]:
+    config = model.config
+    facts = ["The encoders of images are frozen: this architecture runs them without gradients."]
+    if config.share_vision_tower:
+        facts.append("The vision tower serves as pixel encoder too and runs once per image.")
+    if processor is not None:
+        height, width = processor.vision_size
+        facts.append(f"An image is seen at {width} x {height} pixels and becomes {processor.num_image_tokens} tokens.")
+        if processor.sam_image_size is not None:
+            facts.append(f"The pixel encoder sees it with its longer side at {processor.sam_image_size} pixels.")
+        facts.append(f"The context holds {processor.tokenizer.model_max_length:,} tokens, image tokens included.")
+    facts.append(f"Weights: {str(model.dtype).removeprefix('torch.')}; the mask path computes in float32.")
+    return facts
+
+
+def _architecture_limits(model: PreTrainedModel) -> list[str]:
+    prompt = model.config.sam_config.prompt_encoder_config
+    side = 4 * (prompt.image_size // prompt.patch_size)
+    return [
+        f"Masks are drawn on a grid of {side} x {side} cells and enlarged: finer detail is lost.",
+        "The text may name what is not in the image, and a right phrase may carry a wrong mask. Scores order the segments "
+        "of an answer; they are not calibrated probabilities.",
+        "It inherits the biases of the pretrained parts and of the data. Do not use it to identify people or where a wrong "
+        "mask does harm.",
+    ]
+
+
+def _millions(count: int) -> str:
+    """1234567 -> "1.2 M"."""
+    return f"{count:,}" if count < 100_000 else f"{count / 1e6:,.1f} M"

@@ -1,0 +1,150 @@
+"""The command `mglmm`: one typed function per verb, which imports what it needs itself."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import typer
+
+app = typer.Typer(
+    name="mglmm",
+    help="Describe images in text whose phrases carry masks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(envvar="MGLMM_DEBUG", help="Show the traceback of an error.")] = False,
+) -> None:
+    os.environ["MGLMM_DEBUG"] = "1" if debug else ""
+
+
+@app.command()
+def segment(
+    image: Annotated[str, typer.Argument(help="Path or URL of a picture.")],
+    instruction: Annotated[
+        str | None, typer.Argument(help='Such as "Segment the dog." Without it: --granularity.')
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id. By default the small checkpoint, assembled if need be.")
+    ] = None,
+    granularity: Annotated[
+        Literal["panoptic", "object", "fine"] | None,
+        typer.Option(help="In place of an instruction: everything (the default), one object, or its parts."),
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="What --granularity is about, such as 'the left person'.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the PNG, HTML and JSON files.")] = Path("out"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps …; by default the fastest there is.")
+    ] = None,
+) -> None:
+    """Answer an instruction about a picture with text and masks."""
+    from transformers import pipeline
+
+    from .answers import TokenProgress, format_answer, save_answer
+    from .processing.images import load_image
+    from .processing.pipeline_mglmm import TASK, make_instruction
+    from .registration import MglmmPipeline
+    from .small.checkpoint import assemble as assemble_small
+
+    # What can be wrong is found before minutes of loading.
+    instruction = make_instruction(instruction, granularity, target)
+    picture = load_image(image)
+    if model is not None and model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+        raise FileNotFoundError(f"there is no folder {model!r}: name a checkpoint folder or a hub id")
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = model if model is not None else str(assemble_small())
+    print(f"loading {checkpoint} ...", file=sys.stderr)
+    # transformers' overloads list its own tasks only.
+    pipe = pipeline(  # type: ignore[call-overload]
+        TASK, model=checkpoint, device=device, pipeline_class=MglmmPipeline
+    )
+    with TokenProgress("answering") as progress:
+        answer = pipe(picture, instruction, max_new_tokens=max_new_tokens, streamer=progress)
+    print(format_answer(answer))
+    name = Path(urlsplit(image).path).stem if "://" in image else Path(image).stem
+    files = save_answer(answer, output, f"{name or 'image'}-answer")
+    print("\nwritten to", *files, sep="\n  ")
+
+
+@app.command()
+def assemble(
+    output: Annotated[Path | None, typer.Option(help="Folder to make; by default one in the cache.")] = None,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Leave out what this project trained.")] = False,
+) -> None:
+    """Make the small checkpoint from its parts, as an ordinary folder for from_pretrained."""
+    from .small.checkpoint import assemble as assemble_small
+
+    print(assemble_small(output, trained=not untrained))
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="Dataset family, such as 'photos'.")],
+    data_dir: Annotated[Path, typer.Option(help="Folder of the dataset in its original layout.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    images: Annotated[Literal["embed", "path"], typer.Option(help="Store pictures, or only where they are.")] = "embed",
+    variants: Annotated[int, typer.Option(min=1, help="How often each training image is worded anew.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of all choices.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first images of each split.")] = None,
+    num_proc: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+) -> None:
+    """Turn a dataset into USCDF Parquet files that load_dataset opens."""
+    from .datasets_scripts.prepare import prepare as prepare_dataset
+
+    print(
+        prepare_dataset(
+            name, data_dir, output, images=images, variants=variants, seed=seed, limit=limit, num_proc=num_proc
+        )
+    )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; --key value after it changes a setting.")],
+) -> None:
+    """Train from a recipe; a run that was stopped goes on where it was."""
+    from .trainer.train import main as train_main
+
+    train_main([str(config), *context.args])
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    data: Annotated[str, typer.Option(help="Folder or hub id of a USCDF dataset with the configuration 'benchmark'.")],
+    output: Annotated[Path, typer.Option(help="Folder for predictions and results; a stopped run goes on there.")],
+    split: Annotated[str, typer.Option(help="Split to measure.")] = "validation",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows, spread over sources and tasks.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 16,
+) -> None:
+    """Measure a model on held-out rows and print the metrics."""
+    from .evaluation.held_out import evaluate as evaluate_held_out
+    from .evaluation.held_out import to_markdown
+
+    print(to_markdown(evaluate_held_out(model, data, split, output, limit=limit, batch_size=batch_size)))
+
+
+def main() -> None:
+    """Entry point: bad input becomes one line on stderr and exit code 2."""
+    try:
+        app(prog_name="mglmm")
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if os.environ.get("MGLMM_DEBUG"):
+            raise
+        message = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            message += ": install the extra that holds it, such as pip install 'mglmm[small]'"
+        print(f"mglmm: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Mask losses over a flat axis of masks, normalised by the number of masks of the global batch."""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_VALUE = 255
+
+
+def mask_losses(
+    mask_logits: torch.Tensor, mask_labels: torch.Tensor, num_masks: torch.Tensor | int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Unweighted BCE and DICE loss: each a mean over pixels (BCE) or a ratio over pixels (DICE) per mask, summed over the
+    masks and divided by `num_masks`.
+
+    Formulas of LISA, GLaMM and MGLMM: `bce = mean BCEWithLogits`,
+    `dice = 1 - (2 sum(s g)/1000 + 1e-6) / (sum(s)/1000 + sum(g)/1000 + 1e-6)` with `s = sigmoid(logits)`.
+    Unlike there, pixels labelled 255 (void, padding) count in neither.
+
+    Args:
+        mask_logits: `(total_masks, h, w)` float.
+        mask_labels: `(total_masks, H, W)` in {0, 1, 255}, in the same frame; the logits are resized to it bilinearly.
+        num_masks: masks of the global batch (all ranks, all accumulation steps); `total_masks` on its own.
+    """
+    if len(mask_logits) != len(mask_labels):
+        raise ValueError(
+            f"{len(mask_logits)} predicted masks but {len(mask_labels)} mask_labels; they are matched in order"
+        )
+    logits = mask_logits.float()
+    if logits.shape[-2:] != mask_labels.shape[-2:]:
+        logits = F.interpolate(logits[:, None], mask_labels.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    valid = (mask_labels != IGNORE_VALUE).flatten(1).float()
+    target = (mask_labels == 1).flatten(1).float()
+    logits = logits.flatten(1)
+
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    bce = (bce * valid).sum(1) / valid.sum(1).clamp_min(1)
+    probability = logits.sigmoid() * valid
+    overlap = 2 * (probability * target).sum(1) / 1000
+    dice = 1 - (overlap + 1e-6) / (probability.sum(1) / 1000 + target.sum(1) / 1000 + 1e-6)
+    return bce.sum() / num_masks, dice.sum() / num_masks

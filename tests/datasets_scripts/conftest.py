@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mglmm.processing.rle import encode_mask
+
+PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "photos"
+
+
+def box_rle(size: tuple[int, int], box: tuple[int, int, int, int]) -> dict:
+    """The RLE of a filled box (xyxy, exclusive) in an image of size (height, width)."""
+    mask = np.zeros(size, dtype=bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    return encode_mask(mask)
+
+
+def annotation(number: int, image: int, label: str, level: str, parent: int | None, size, box) -> dict:
+    return {
+        "id": number,
+        "image_id": image,
+        "label": label,
+        "level": level,
+        "parent_id": parent,
+        "segmentation": box_rle(size, box),
+    }
+
+
+@pytest.fixture
+def tiny_content() -> dict:
+    """Three images, height 40 and width 60: a dressed person, a park in train, and a car in val."""
+    size = (40, 60)
+    images = [
+        ("person.jpg", "fashion", "train"),
+        ("park.jpg", "scenes", "train"),
+        ("car.jpg", "cars", "val"),
+        ("car2.jpg", "cars", "train"),
+    ]
+    return {
+        "images": [
+            {"id": index, "file_name": name, "width": 60, "height": 40, "source": source, "split": split}
+            for index, (name, source, split) in enumerate(images, 1)
+        ],
+        "annotations": [
+            annotation(1, 1, "person", "object", None, size, (20, 0, 40, 40)),
+            annotation(2, 1, "hair", "part", 1, size, (25, 0, 35, 8)),
+            annotation(3, 1, "coat", "part", 1, size, (20, 10, 40, 24)),
+            annotation(4, 1, "jeans", "part", 1, size, (22, 24, 38, 36)),
+            annotation(5, 1, "ring", "part", 1, size, (20, 20, 22, 22)),  # 4 pixels: too small to ask for
+            annotation(6, 1, "bag", "object", None, size, (42, 15, 52, 30)),
+            annotation(7, 2, "sky-other-merged", "stuff", None, size, (0, 0, 60, 15)),
+            annotation(8, 2, "grass-merged", "stuff", None, size, (0, 15, 60, 40)),
+            annotation(9, 2, "dog", "object", None, size, (5, 20, 15, 30)),
+            annotation(10, 2, "dog", "object", None, size, (45, 20, 55, 30)),
+            annotation(11, 3, "car", "object", None, size, (5, 10, 55, 35)),
+            annotation(12, 3, "hood", "part", 11, size, (5, 12, 20, 20)),
+            annotation(13, 3, "wheel", "part", 11, size, (10, 28, 17, 35)),
+            annotation(14, 3, "wheel", "part", 11, size, (40, 28, 47, 35)),
+            annotation(15, 4, "car", "object", None, size, (5, 10, 55, 35)),
+            annotation(16, 4, "trunk", "part", 15, size, (5, 12, 20, 20)),
+            annotation(17, 4, "front glass", "part", 15, size, (25, 12, 40, 20)),
+        ],
+    }
+
+
+@pytest.fixture
+def tiny_dataset(tmp_path: Path, tiny_content: dict) -> Path:
+    """The data folder of `tiny_content`, on disk."""
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    for image in tiny_content["images"]:
+        PIL.Image.new("RGB", (60, 40), (90, 120, 30)).save(folder / "images" / image["file_name"])
+    (folder / "annotations.json").write_text(json.dumps(tiny_content))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    if not (PHOTOS / "annotations.json").is_file():
+        pytest.skip("the real photographs are not at ../shared/data/photos")
+    return PHOTOS

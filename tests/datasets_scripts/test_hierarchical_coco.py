@@ -1,0 +1,313 @@
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mglmm.datasets_scripts.hierarchical_coco import benchmark_rows, image_path, image_rows, read_records
+from mglmm.datasets_scripts.labels import confusable, readable
+from mglmm.datasets_scripts.scene import AbsentLabels, Label, count_labels, read_scene
+from mglmm.processing.rle import decode_mask, encode_mask
+from mglmm.processing.uscdf import is_well_formed, validate_row
+
+SIZE = (40, 60)
+PERSON, HAIR, COAT, JEANS = (20, 0, 40, 40), (25, 0, 35, 8), (20, 10, 40, 24), (22, 24, 38, 36)
+BAG, SKY, GRASS, CAR, HOOD = (42, 15, 52, 30), (0, 0, 60, 15), (0, 15, 60, 40), (5, 10, 55, 35), (5, 12, 20, 20)
+DOGS = ((5, 20, 15, 30), (45, 20, 55, 30))
+WHEELS = ((10, 28, 17, 35), (40, 28, 47, 35))
+
+
+def records_of(content: dict) -> dict[int, tuple[dict, list[dict]]]:
+    return {
+        image["id"]: (image, [item for item in content["annotations"] if item["image_id"] == image["id"]])
+        for image in content["images"]
+    }
+
+
+def vocabulary_of(content: dict) -> dict:
+    return count_labels(record for record in records_of(content).values() if record[0]["split"] == "train")
+
+
+def union(*boxes: tuple[int, int, int, int]) -> np.ndarray:
+    mask = np.zeros(SIZE, dtype=bool)
+    for left, top, right, bottom in boxes:
+        mask[top:bottom, left:right] = True
+    return mask
+
+
+def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]:
+    image, annotations = records_of(content)[image]
+    vocabulary = vocabulary_of(content)
+    if benchmark:
+        return benchmark_rows(image, annotations, vocabulary=vocabulary, seed=0)
+    return image_rows(image, annotations, vocabulary=vocabulary, seed=0, variants=3)
+
+
+@pytest.mark.parametrize(
+    ("image", "benchmark", "index", "task", "turns", "masks"),
+    [
+        (
+            2,  # a conversation: absent, one, several (both dogs are one mask)
+            False,
+            0,
+            "referring",
+            [
+                ("Show all the people with a mask.", "Sorry, I cannot find any people in this picture."),
+                ("Please segment the sky.", "Sure, <p> the sky </p> [SEG]."),
+                (
+                    "Find the dogs and the grass in the picture.",
+                    "Sure, <p> the dogs </p> [SEG] and <p> the grass </p> [SEG].",
+                ),
+            ],
+            [(SKY,), DOGS, (GRASS,)],
+        ),
+        (
+            1,  # one single question
+            False,
+            1,
+            "referring",
+            [("Would you mark the bag for me?", "Sure, <p> the bag </p> [SEG].")],
+            [(BAG,)],
+        ),
+        (
+            3,  # a question without an article, refused with one
+            False,
+            1,
+            "absent",
+            [("show front glass", "Sorry, I cannot find a front glass in this picture.")],
+            [],
+        ),
+        (
+            1,  # what is carried goes with the person
+            False,
+            2,
+            "panoptic",
+            [
+                (
+                    "I would like a description of this image with masks in it.",
+                    "The picture shows <p> a person </p> [SEG] with <p> a bag </p> [SEG].",
+                )
+            ],
+            [(PERSON,), (BAG,)],
+        ),
+        (
+            2,  # stuff and merged instances, the largest first
+            False,
+            2,
+            "panoptic",
+            [
+                (
+                    "Describe the image and mark everything you mention.",
+                    "This photo shows <p> grass </p> [SEG], <p> the sky </p> [SEG], and <p> two dogs </p> [SEG].",
+                )
+            ],
+            [(GRASS,), (SKY,), DOGS],
+        ),
+        (
+            1,  # worn things first, then the body; the ring is too small
+            False,
+            3,
+            "fine",
+            [
+                (
+                    "Describe the person in detail and mark every part.",
+                    "The person wears <p> a coat </p> [SEG] and <p> jeans </p> [SEG]. "
+                    "One can also see <p> the hair </p> [SEG].",
+                )
+            ],
+            [(COAT,), (JEANS,), (HAIR,)],
+        ),
+        (
+            3,  # parts of a thing, both wheels in one mask
+            False,
+            3,
+            "fine",
+            [
+                (
+                    "Give a fine-grained description of the car.",
+                    "The car has <p> the hood </p> [SEG] and <p> the wheels </p> [SEG].",
+                )
+            ],
+            [(HOOD,), WHEELS],
+        ),
+        (
+            3,  # plain text
+            False,
+            12,
+            "caption",
+            [("Give a short caption, without masks.", "The photo shows a car.")],
+            [],
+        ),
+        (
+            3,  # the benchmark asks for each object ...
+            True,
+            0,
+            "object",
+            [("Does the photo contain a car? Mark what you find.", "Done: <p> a car </p> [SEG].")],
+            [(CAR,)],
+        ),
+        (
+            3,  # ... and for each part
+            True,
+            2,
+            "part",
+            [("Would you mark the wheels of the car for me", "Sure, <p> the wheels of the car </p> [SEG].")],
+            [WHEELS],
+        ),
+    ],
+)
+def test_rows_are_as_written_here(
+    tiny_content: dict, image: int, benchmark: bool, index: int, task: str, turns: list, masks: list
+) -> None:
+    row = rows_of(tiny_content, image, benchmark=benchmark)[index]
+    contents = [content for turn in turns for content in turn]
+    contents[0] = f"<image>\n{contents[0]}"
+    assert {key: value for key, value in row.items() if key != "masks"} == {
+        "image_id": str(image),
+        "source": {1: "fashion", 2: "scenes", 3: "cars"}[image],
+        "task": task,
+        "messages": [
+            {"role": "assistant" if number % 2 else "user", "content": content}
+            for number, content in enumerate(contents)
+        ],
+        "regions": [],
+    }
+    assert len(row["masks"]) == len(masks)
+    for mask, boxes in zip(row["masks"], masks, strict=True):
+        np.testing.assert_array_equal(decode_mask(mask), union(*boxes))
+
+
+def test_a_row_depends_on_its_own_record_and_variant_only(tiny_content: dict) -> None:
+    image, annotations = records_of(tiny_content)[1]
+    vocabulary = vocabulary_of(tiny_content)
+    one = image_rows(image, annotations, vocabulary=vocabulary, seed=5, variants=1)
+    three = image_rows(image, annotations, vocabulary=vocabulary, seed=5, variants=3)
+    assert three[: len(one)] == one
+    assert image_rows(image, annotations, vocabulary=vocabulary, seed=6, variants=1) != one
+
+
+def test_the_benchmark_asks_for_everything_once(tiny_content: dict) -> None:
+    tasks = [row["task"] for row in rows_of(tiny_content, 1, benchmark=True)]
+    # No absent row: nothing else of this source, and nothing that could not hide in the background of a portrait.
+    assert tasks == ["object", "object", "part", "part", "part", "panoptic", "fine"]
+    tasks = [row["task"] for row in rows_of(tiny_content, 2, benchmark=True)]
+    assert tasks == ["object", "object", "object", "absent", "absent", "panoptic"]
+
+
+def test_small_targets_are_skipped_and_counted(tiny_content: dict) -> None:
+    scene = read_scene(*records_of(tiny_content)[1])
+    assert [part.noun.name for part in scene.parts] == ["coat", "jeans", "hair"]
+    assert scene.skipped == {"part smaller than 30 pixels": 1}
+    assert "ring" in scene.names  # so it is never called absent
+
+
+@pytest.mark.parametrize(
+    ("image", "same_source", "other_source"),
+    [
+        (1, [], []),  # only the person is labelled: dog or grass may be in the background
+        (2, [], ["bag", "car", "coat", "front glass", "hair", "jeans", "person", "ring", "trunk"]),  # all is labelled
+        (3, ["front glass", "trunk"], []),
+    ],
+)
+def test_absent_labels(tiny_content: dict, image: int, same_source: list, other_source: list) -> None:
+    absent = AbsentLabels(read_scene(*records_of(tiny_content)[image]), vocabulary_of(tiny_content))
+    assert [label.name for label in absent.same_source] == same_source
+    assert sorted(label.name for label in absent.other_source) == other_source
+
+
+def test_parts_of_others_are_not_denied_where_their_owner_is(tiny_content: dict) -> None:
+    # Another dataset's annotators did not look for the hair of this dataset's people.
+    image, annotations = records_of(tiny_content)[2]
+    person = {**annotations[2], "id": 99, "label": "person"}
+    absent = AbsentLabels(read_scene(image, [*annotations, person]), vocabulary_of(tiny_content))
+    assert Label("hair", "person") not in absent.other_source
+    assert Label("trunk", "car") in absent.other_source
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"level": "thing"}, "level 'thing' is none of object, stuff, part"),
+        ({"parent_id": 12345}, "parent 12345 is not in the same image"),  # of a part
+        ({"segmentation": {"size": [60, 40], "counts": "PP1"}}, "mask size [60, 40], image size [40, 60]"),
+        ({"segmentation": {"size": [40, 60], "counts": "PP"}}, "no complete COCO string"),
+        ({"segmentation": encode_mask(union())}, "empty mask"),
+        ({"segmentation": [[0, 0, 5, 5]]}, "a mask must be"),  # a polygon is another layout
+        ({"label": "-stuff"}, "no readable name"),
+    ],
+)
+def test_a_broken_annotation_skips_its_image_only(
+    tiny_dataset: Path, tiny_content: dict, change: dict, reason: str
+) -> None:
+    tiny_content["annotations"][1].update(change)
+    (tiny_dataset / "annotations.json").write_text(json.dumps(tiny_content))
+    records, skipped = read_records(tiny_dataset)
+    assert [image["id"] for image, _ in records["train"]] == [2, 4]
+    assert [image["id"] for image, _ in records["val"]] == [3]
+    (message,) = skipped
+    assert message.startswith("image 1: ") and reason in message
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"file_name": "../../secret.jpg"}, "file name leads out of the data folder"),
+        ({"file_name": "/etc/hostname"}, "file name leads out of the data folder"),
+        ({"file_name": "gone.jpg"}, "image file is missing"),
+        ({"width": 61}, "image size differs from its annotation"),
+        ({"split": "test"}, "split 'test' is none of train, val"),
+    ],
+)
+def test_a_broken_image_is_skipped(tiny_dataset: Path, tiny_content: dict, change: dict, reason: str) -> None:
+    (tiny_dataset.parent / "secret.jpg").write_bytes(b"secret")
+    tiny_content["images"][1].update(change)
+    (tiny_dataset / "annotations.json").write_text(json.dumps(tiny_content))
+    records, skipped = read_records(tiny_dataset)
+    assert [image["id"] for image, _ in records["train"]] == [1, 4]
+    assert skipped[f"image 2: {reason}"] == 1
+
+
+def test_a_link_out_of_the_folder_is_refused(tiny_dataset: Path) -> None:
+    outside = tiny_dataset.parent / "outside.jpg"
+    outside.write_bytes(b"secret")
+    (tiny_dataset / "images" / "link.jpg").symlink_to(outside)
+    with pytest.raises(ValueError, match="leads out of the data folder"):
+        image_path(tiny_dataset, "link.jpg")
+
+
+def test_missing_fields_and_orphans_are_reported(tiny_dataset: Path, tiny_content: dict) -> None:
+    del tiny_content["images"][1]["width"]
+    tiny_content["annotations"][-1]["image_id"] = 77
+    (tiny_dataset / "annotations.json").write_text(json.dumps(tiny_content))
+    skipped = read_records(tiny_dataset)[1]
+    assert skipped["image 2: missing field 'width'"] == 1
+    assert skipped["annotations of image 77: no such image"] == 1
+
+
+def test_all_real_photographs(photos: Path) -> None:
+    records, _ = read_records(photos)
+    vocabulary = count_labels(records["train"])
+    everything = [*records["train"], *records["val"]]
+    assert len(everything) == 1507
+    rng = random.Random(0)
+    for image, annotations in everything:
+        size = (image["height"], image["width"])
+        labels = {annotation["id"]: readable(annotation["label"]).name for annotation in annotations}
+        unions: dict[tuple[str, str], np.ndarray] = defaultdict(lambda size=size: np.zeros(size, dtype=bool))
+        for annotation in annotations:
+            owner = labels[annotation["parent_id"]] if annotation["level"] == "part" else ""
+            unions[labels[annotation["id"]], owner] |= decode_mask(annotation["segmentation"])
+        expected = {mask.tobytes() for mask in unions.values()}
+
+        for row in image_rows(image, annotations, vocabulary=vocabulary, seed=0, variants=1):
+            validate_row(row, size)
+            answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+            assert all(map(is_well_formed, answers))
+            assert {decode_mask(mask).tobytes() for mask in row["masks"]} <= expected
+
+        absent = AbsentLabels(read_scene(image, annotations), vocabulary)
+        for _ in range(4):
+            target = absent.draw(rng)
+            assert target is not None and not confusable(target.noun.name) & set(labels.values())

@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import datasets
+import pytest
+
+from mglmm.datasets_scripts.features import FEATURES
+from mglmm.datasets_scripts.hierarchical_coco import HierarchicalCoco, image_rows, read_records
+from mglmm.datasets_scripts.prepare import prepare
+from mglmm.datasets_scripts.scene import count_labels
+
+
+def load(output: Path, config: str, split: str, tmp_path: Path) -> datasets.Dataset:
+    return datasets.load_dataset(str(output), config, split=split, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("images", ["embed", "path"])
+def test_what_is_prepared_loads_without_code(tiny_dataset: Path, tmp_path: Path, images: str) -> None:
+    output = tmp_path / "out"
+    summary = prepare("photos", tiny_dataset, output, images=images, variants=2, seed=3)
+    records, _ = read_records(tiny_dataset)
+    vocabulary = count_labels(records["train"])
+    expected = [
+        row
+        for image, annotations in records["train"]
+        for row in image_rows(image, annotations, vocabulary=vocabulary, seed=3, variants=2)
+    ]
+
+    assert datasets.get_dataset_config_names(str(output)) == ["default", "benchmark"]
+    train = load(output, "default", "train", tmp_path)
+    assert train.features == FEATURES
+    assert train.remove_columns("image").to_list() == expected
+    assert train[0]["image"].size == (60, 40)
+    raw = train.cast_column("image", datasets.Image(decode=False))[0]["image"]
+    file = tiny_dataset / "images" / "person.jpg"
+    assert raw == (
+        {"bytes": file.read_bytes(), "path": "person.jpg"} if images == "embed" else {"bytes": None, "path": str(file)}
+    )
+
+    validation = load(output, "default", "validation", tmp_path)
+    assert set(validation["image_id"]) == {"3"}
+    benchmark = load(output, "benchmark", "validation", tmp_path)
+    assert benchmark["task"][:3] == ["object", "part", "part"]
+    assert summary.rows == {
+        ("default", "train"): len(expected),
+        ("default", "validation"): len(validation),
+        ("benchmark", "validation"): len(benchmark),
+    }
+    assert summary.masks["default", "train"] == sum(len(row["masks"]) for row in expected)
+    assert summary.skipped == {"part smaller than 30 pixels": 1}
+
+
+def test_the_summary_is_a_table(tiny_dataset: Path, tmp_path: Path) -> None:
+    summary = prepare("photos", tiny_dataset, tmp_path / "out", images="path", limit=1)
+    lines = str(summary).splitlines()
+    assert lines[0].split() == ["config", "split", "rows", "masks"]
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["default", "train"],
+        ["default", "validation"],
+        ["benchmark", "validation"],
+    ]
+    assert lines[4:] == ["skipped 1 x part smaller than 30 pixels", f"written to {tmp_path / 'out'}"]
+    assert set(load(tmp_path / "out", "default", "train", tmp_path)["image_id"]) == {"1"}  # limit: first image
+
+
+def test_processes_do_not_change_the_rows(tiny_dataset: Path, tmp_path: Path) -> None:
+    prepare("photos", tiny_dataset, tmp_path / "one", images="path")
+    prepare("photos", tiny_dataset, tmp_path / "two", images="embed", num_proc=2)
+    one = load(tmp_path / "one", "default", "train", tmp_path).remove_columns("image").to_list()
+    assert load(tmp_path / "two", "default", "train", tmp_path).remove_columns("image").to_list() == one
+
+
+def test_the_builder_streams_without_preparation(tiny_dataset: Path, tmp_path: Path) -> None:
+    builder = HierarchicalCoco(config_name="benchmark", data_dir=str(tiny_dataset), cache_dir=str(tmp_path / "cache"))
+    assert next(iter(builder.as_streaming_dataset("validation")))["task"] == "object"
+
+
+def test_an_output_in_use_is_left_alone(tiny_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        prepare("photos", tiny_dataset, tmp_path / "out")
+
+
+def test_unknown_names_and_unusable_data_are_refused(tiny_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown dataset 'pictures'; known: photos"):
+        prepare("pictures", tiny_dataset, tmp_path / "out")
+    for image in (tiny_dataset / "images").iterdir():
+        image.unlink()
+    with pytest.raises(ValueError, match="no usable image"):
+        prepare("photos", tiny_dataset, tmp_path / "out")

@@ -1,0 +1,260 @@
+"""The command line: help, files written, bad input as one line."""
+
+import copy
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from transformers import AutoConfig
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from mglmm import SegCap
+from mglmm.cli import main
+from tests.tiny import Tiny, picture
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `mglmm ARGUMENTS` in this process and gives its exit code."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setenv("MGLMM_DEBUG", "")
+        monkeypatch.setattr(sys, "argv", ["mglmm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code or 0
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy checkpoint that answers with nothing but `[SEG]`."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = copy.deepcopy(tiny.model)
+    model.generation_config.sequence_bias = [[[tiny.processor.seg_token_id], 1000.0]]
+    model.save_pretrained(folder)
+    copy.deepcopy(tiny.processor).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    picture().save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def patch(monkeypatch: pytest.MonkeyPatch, module: str, name: str, replacement: Any) -> None:
+    monkeypatch.setattr(importlib.import_module(module), name, replacement)
+
+
+# ------------------------------------------------------------------ start
+
+
+def test_every_verb_explains_itself(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = ("segment", "assemble", "prepare", "train", "evaluate")
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in verbs)
+    for verb in verbs:
+        assert run(verb, "--help") == 0
+
+
+def test_import_registers_everything() -> None:
+    import mglmm
+
+    assert isinstance(AutoConfig.for_model("mglmm"), mglmm.MglmmConfig)
+    assert PIPELINE_REGISTRY.supported_tasks["image-segmentation-captioning"]["impl"] is mglmm.MglmmPipeline
+
+
+# ------------------------------------------------------------------ segment
+
+
+def test_segment_prints_a_table_and_writes_three_files(
+    run: Run, checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "out"
+    options = ("--model", checkpoint, "--output", out, "--max-new-tokens", 2, "--device", "cpu")
+    assert run("segment", photo, "Find <it>", *options) == 0
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if "Find <it>" in line]
+    assert [line.split()[0] for line in table] == ["1", "2"]
+    assert all(name in printed for name in ("photo-answer.png", "photo-answer.html", "photo-answer.json"))
+    assert {path.name for path in out.iterdir()} == {"photo-answer.png", "photo-answer.html", "photo-answer.json"}
+    with Image.open(out / "photo-answer.png") as plot:
+        assert plot.width >= 60
+    assert "Find &lt;it&gt;" in (out / "photo-answer.html").read_text(encoding="utf-8")
+    answer = SegCap.from_dict(json.loads((out / "photo-answer.json").read_text(encoding="utf-8")))
+    assert [segment.phrase for segment in answer.segments] == ["Find <it>", "Find <it>"]
+    assert answer.image_size == (40, 60)
+
+
+def test_segment_uses_the_small_checkpoint_and_describes_everything_by_default(
+    run: Run, checkpoint: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch(monkeypatch, "mglmm.small.checkpoint", "assemble", lambda: checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert run("segment", photo, "--max-new-tokens", 1) == 0
+    answer = json.loads((tmp_path / "out" / "photo-answer.json").read_text(encoding="utf-8"))
+    assert [segment["phrase"] for segment in answer["segments"]] == [
+        "Describe the image and mark everything you mention."
+    ]
+
+
+# ------------------------------------------------------------------ errors
+
+
+def assert_one_line(captured: str, message: str) -> None:
+    (line,) = captured.splitlines()
+    assert line.startswith("mglmm: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["segment", "nowhere.png"], "image 'nowhere.png' cannot be read"),
+        (["segment", "empty.png"], "is not a picture that Pillow can read"),
+        (["segment", "photo.png", " "], "the instruction is empty"),
+        (["segment", "photo.png", "Segment it.", "--target", "dog"], "either text or granularity"),
+        (["segment", "photo.png", "--granularity", "object"], "needs the object to segment"),
+        (["segment", "photo.png", "--model", "./nowhere"], "there is no folder './nowhere'"),
+        (["segment", "photo.png", "--output", "empty.png"], "File exists: 'empty.png'"),
+        (["prepare", "paintings", "--data-dir", ".", "--output", "rows"], "unknown dataset 'paintings'"),
+        (["prepare", "photos", "--data-dir", ".", "--output", "."], ". is not empty"),
+        (["prepare", "photos", "--data-dir", "nowhere", "--output", "rows"], "nowhere"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_found_before_a_model_is_loaded(
+    run: Run,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    def assemble() -> Path:
+        raise AssertionError("too late")
+
+    patch(monkeypatch, "mglmm.small.checkpoint", "assemble", assemble)
+    monkeypatch.chdir(tmp_path)
+    Path("empty.png").touch()
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert_one_line(captured.err, message)
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["paint"],  # no such verb
+        ["segment"],  # no image
+        ["segment", "photo.png", "--granularity", "coarse"],
+        ["segment", "photo.png", "--max-new-tokens", "0"],
+        ["prepare", "photos", "--output", "rows"],  # no --data-dir
+    ],
+)
+def test_wrong_usage_exits_with_2(run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr().err
+    assert "Usage: mglmm" in captured and "Traceback" not in captured
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_debug_shows_the_error(monkeypatch: pytest.MonkeyPatch, by_option: bool) -> None:
+    monkeypatch.setenv("MGLMM_DEBUG", "" if by_option else "1")
+    options = ["--debug"] if by_option else []
+    monkeypatch.setattr(sys, "argv", ["mglmm", *options, "segment", "nowhere.png"])
+    with pytest.raises(ValueError, match=r"nowhere\.png"):
+        main()
+
+
+def test_a_message_of_many_lines_becomes_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def assemble(*args: Any, **kwargs: Any) -> Path:
+        raise RuntimeError("pip could not fetch it:\n  see above\n")
+
+    patch(monkeypatch, "mglmm.small.checkpoint", "assemble", assemble)
+    assert run("assemble") == 2
+    assert capsys.readouterr().err == "mglmm: pip could not fetch it: see above\n"
+
+
+# ------------------------------------------------------------------ what the other verbs call
+
+
+def test_assemble(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def assemble(output: Path | None, *, trained: bool) -> Path:
+        calls.append((output, trained))
+        return Path("folder")
+
+    patch(monkeypatch, "mglmm.small.checkpoint", "assemble", assemble)
+    assert run("assemble") == 0
+    assert run("assemble", "--output", tmp_path, "--untrained") == 0
+    assert calls == [(None, True), (tmp_path, False)]
+    assert capsys.readouterr().out == "folder\nfolder\n"
+
+
+def test_train_passes_settings_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    patch(monkeypatch, "mglmm.trainer.train", "main", calls.append)
+    assert run("train", "run.yaml", "--training.max_steps", "10", "--model", "folder") == 0
+    assert calls == [["run.yaml", "--training.max_steps", "10", "--model", "folder"]]
+
+
+def test_prepare_passes_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    patch(
+        monkeypatch, "mglmm.datasets_scripts.prepare", "prepare", lambda *args, **kwargs: calls.append((args, kwargs))
+    )
+    options = ["--images", "path", "--variants", 3, "--seed", 7, "--limit", 5, "--num-proc", 2]
+    assert run("prepare", "photos", "--data-dir", "raw", "--output", "rows", *options) == 0
+    expected = {"images": "path", "variants": 3, "seed": 7, "limit": 5, "num_proc": 2}
+    assert calls == [(("photos", Path("raw"), Path("rows")), expected)]
+
+
+def test_evaluate_prints_the_results(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def evaluate(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        calls.append((args, kwargs))
+        return {"rows": 3}
+
+    patch(monkeypatch, "mglmm.evaluation.held_out", "evaluate", evaluate)
+    patch(monkeypatch, "mglmm.evaluation.held_out", "to_markdown", lambda results: f"{results['rows']} rows")
+    assert run("evaluate", "model", "--data", "rows", "--output", "metrics", "--limit", 3) == 0
+    assert calls == [(("model", "rows", "validation", Path("metrics")), {"limit": 3, "batch_size": 16})]
+    assert capsys.readouterr().out == "3 rows\n"
+
+
+# ------------------------------------------------------------------ the demo
+
+
+def test_demo_answers_six_questions(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patch(monkeypatch, "mglmm.small.demo", "MAX_NEW_TOKENS", 1)
+    importlib.import_module("mglmm.small.demo").main(model=str(checkpoint), output=tmp_path)
+    printed = capsys.readouterr().out
+    names = [f"{name}-{topic}" for name in ("astronaut", "hopper") for topic in ("everything", "person")]
+    names += ["astronaut-hair", "hopper-hat"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{x}.{kind}" for x in names for kind in ("png", "html", "json")
+    }
+    assert "hopper-hat: Segment the hat." in printed and printed.count("box x1 y1 x2 y2") == 6
+    assert str(tmp_path / "astronaut-hair.html") in printed and printed.rstrip().endswith("seconds")

@@ -1,0 +1,118 @@
+"""The first stage: states of phrases, what its batches hold, and that only the mask path is trained."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mglmm.processing.uscdf import SEG_TOKEN
+from mglmm.trainer.feature_cache import FeatureCache
+from mglmm.trainer.mask_warmup import MaskWarmup, MaskWarmupCollator, MaskWarmupTrainer, phrase_states, phrases_of
+from tests.tiny import tiny_model
+from tests.trainer.conftest import BOXES, box_mask, training_arguments, uscdf_row
+
+
+def test_phrases_in_the_order_of_the_masks(rows):
+    assert [phrases_of(row["messages"]) for row in rows] == [
+        ["the hat", "the dog"],
+        [],
+        ["the car", "the dog", "the hat"],
+        ["the car"],
+    ]
+
+
+def test_states_are_those_of_a_direct_forward(tiny):
+    phrases = ["the hat", "a brown dog on the grass", "the hat", "two cars"]
+    states = phrase_states(tiny.model, tiny.processor, phrases, batch_size=2)
+    assert sorted(states) == ["a brown dog on the grass", "the hat", "two cars"]
+    tokenizer = tiny.processor.tokenizer
+    for phrase, state in states.items():
+        text = (
+            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+            f"detailed, and polite answers to the human's questions. USER: Please segment {phrase}. "
+            f"ASSISTANT: Sure, <p> {phrase} </p> [SEG].</s>"
+        )
+        input_ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        position = int((input_ids[0] == tokenizer.convert_tokens_to_ids(SEG_TOKEN)).nonzero())
+        with torch.no_grad():
+            hidden = tiny.model.model(input_ids=input_ids).last_hidden_state
+        torch.testing.assert_close(state, hidden[0, position - 1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, rows, request):
+    """Model, processor, cache and states of `rows` for the first stage."""
+    _, processor = request.getfixturevalue("tiny_shared")
+    model = tiny_model(processor, shared=True, tie_word_embeddings=True)
+    cache = FeatureCache(tmp_path / "features", model, processor)
+    cache.fill(model, processor, [row["image"] for row in rows])
+    return model, processor, cache, phrase_states(model, processor, list(BOXES))
+
+
+def test_a_batch_draws_at_most_so_many_masks_an_image(stage, rows):
+    _, processor, cache, states = stage
+    collator = MaskWarmupCollator(processor, states, cache, masks_per_image=2, mask_size=16)
+    labels = {name: processor.mask_labels([box_mask(name)], 16)[0] for name in BOXES}
+    torch.manual_seed(0)
+    drawn = set()
+    for _ in range(20):
+        batch = collator([rows[2], rows[3], rows[0]])
+        assert batch["mask_image_index"].tolist() == [0, 0, 1, 2, 2]  # of 3, 1 and 2 masks
+        assert batch["seg_states"].shape == (5, 48) and batch["mask_labels"].shape == (5, 16, 16)
+        names = [next(n for n, s in states.items() if torch.equal(s, state)) for state in batch["seg_states"]]
+        assert all(torch.equal(labels[n], label) for n, label in zip(names, batch["mask_labels"], strict=True))
+        assert names[2] == "the car" and len(batch["image_features"].vision_hidden_states) == 3
+        drawn.add(frozenset(names[:2]))
+    assert len(drawn) == 3  # every pair of the first row's masks comes up
+
+
+def test_only_the_mask_path_changes_and_the_loss_falls(stage, rows, tmp_path: Path):
+    model, processor, cache, states = stage
+    before = copy.deepcopy(model.state_dict())
+    args = training_arguments(
+        tmp_path / "run",
+        max_steps=20,
+        per_device_train_batch_size=3,
+        learning_rate=3e-3,
+        save_strategy="steps",
+        save_steps=20,
+    )
+    collator = MaskWarmupCollator(processor, states, cache, masks_per_image=3, mask_size=16)
+    with_masks = [row for row in rows if row["masks"]]
+    trainer = MaskWarmupTrainer(model=MaskWarmup(model), args=args, train_dataset=with_masks, data_collator=collator)
+    trainer.train()
+
+    after = model.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name.split(".")[1] for name in changed} == {"pixel_neck", "mask_projector", "mask_decoder"}
+    assert not [name for name in changed if "iou_prediction_head" in name or "hypernetworks_mlps.1" in name]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    for entry in history:
+        total = 2.0 * entry["mask_bce_loss"] + 0.5 * entry["mask_dice_loss"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+
+    # The embeddings of this model are tied, which safetensors refuses: checkpoints hold the mask path alone.
+    saved = load_file(tmp_path / "run" / "checkpoint-20" / "model.safetensors")
+    assert {name.split(".")[1] for name in saved} == {"pixel_neck", "mask_projector", "prompt_encoder", "mask_decoder"}
+
+
+def test_the_losses_are_those_of_the_model(stage, rows):
+    model, processor, cache, states = stage
+    row = uscdf_row(0, "referring", ("the hat", "the dog"))
+    collator = MaskWarmupCollator(processor, states, cache, masks_per_image=2, mask_size=16)
+    batch = collator([row])
+    outputs = MaskWarmup(model)(**batch)
+    embeddings = model.model.get_image_embeddings(batch["image_features"])
+    logits = model.model.decode_masks(batch["seg_states"], batch["mask_image_index"], embeddings)
+    logits = torch.nn.functional.interpolate(logits[:, None], (16, 16), mode="bilinear", align_corners=False)[:, 0]
+    target = batch["mask_labels"].float()
+    assert not (batch["mask_labels"] == 255).any()  # the shared tower sees no padding
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+    probability = logits.sigmoid()
+    overlap = 2 * (probability * target).sum((1, 2)) / 1000 + 1e-6
+    dice = 1 - overlap / ((probability.sum((1, 2)) + target.sum((1, 2))) / 1000 + 1e-6)
+    torch.testing.assert_close(outputs["mask_bce_loss"], bce)
+    torch.testing.assert_close(outputs["mask_dice_loss"], dice.mean())

@@ -1,0 +1,181 @@
+"""Reading a run from YAML and command line, and choosing its rows."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mglmm.trainer.train import DataConfig, load_rows, main, read_config, run
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "trainer" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path):
+    """Writes a valid run with some settings changed; gives its path."""
+
+    def write(**changes: Any) -> Path:
+        values = {"model": "base", "data": {"path": "rows"}, "training": {"output_dir": str(tmp_path / "run")}}
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(values | changes))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_can_be_read(path):
+    config = read_config(path, [])
+    assert config.model and all(data.path for data in config.data)
+
+
+def test_defaults(config_file):
+    config = read_config(config_file(), [])
+    assert config.data == [DataConfig(path="rows", name="default", split="train", task_weights={})]
+    assert config.mask_warmup is None and config.language_model_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "x"}, "there is no setting 'modle'; did you mean 'model'?"),
+        ({"mask_warm_up": {}}, "there is no setting 'mask_warm_up'; did you mean 'mask_warmup'?"),
+        (
+            {"data": {"path": "x", "task_weight": {}}},
+            "data: there is no setting 'task_weight'; did you mean 'task_weights'?",
+        ),
+        (
+            {"data": [{"path": "x"}, {"path": "y", "splits": "a"}]},
+            "data: there is no setting 'splits'; did you mean 'split'?",
+        ),
+        (
+            {"training": {"learning_rat": 1}},
+            "training: there is no setting 'learning_rat'; did you mean 'learning_rate'?",
+        ),
+        ({"mask_warmup": {"mask_per_image": 1}}, "mask_warmup: .* did you mean 'masks_per_image'?"),
+        (
+            {"training": {"masks_per_image": 1}},
+            "training: there is no setting 'masks_per_image'",
+        ),  # of the warm-up only
+        ({"data": {"name": "x"}}, "data: path missing"),
+        ({"data": "rows"}, "data must be a mapping of settings, got 'rows'"),
+        ({"training": None}, "training must be a mapping of settings, got None"),
+        ({"training": "fast"}, "training must be a mapping of settings, got 'fast'"),
+        ({"language_model_dtype": "bf16"}, "language_model_dtype is 'bf16'; choose from float32, bfloat16, float16"),
+    ],
+)
+def test_wrong_settings_name_the_right_ones(config_file, changes, message):
+    path = config_file(**changes)
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        read_config(path, [])
+
+
+@pytest.mark.parametrize("key", ["model", "data", "training"])
+def test_missing_keys_are_named(config_file, key):
+    path = config_file()
+    values = yaml.safe_load(path.read_text())
+    del values[key]
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=f"{key} missing"):
+        read_config(path, [])
+
+
+def test_a_file_that_is_no_mapping(tmp_path):
+    (tmp_path / "run.yaml").write_text("- model\n")
+    with pytest.raises(ValueError, match="is not a mapping of settings"):
+        read_config(tmp_path / "run.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "value"),
+    [
+        (["--model", "other"], lambda c: c.model == "other"),
+        (["--training.max_steps", "7"], lambda c: c.training["max_steps"] == 7),
+        (["--training.report_to", "[]"], lambda c: c.training["report_to"] == []),
+        (["--data.task_weights.fine", "2"], lambda c: c.data[0].task_weights == {"fine": 2}),  # in a new mapping
+        (["--mask_warmup.max_steps", "3", "--mask_warmup.masks_per_image", "2"], lambda c: len(c.mask_warmup) == 2),
+        (["--mask_warmup", "null"], lambda c: c.mask_warmup is None),
+    ],
+)
+def test_overrides(config_file, overrides, value):
+    assert value(read_config(config_file(), overrides))
+
+
+def test_overrides_of_a_list(config_file):
+    path = config_file(data=[{"path": "a"}, {"path": "b"}])
+    assert [data.path for data in read_config(path, ["--data.1.path", "c"]).data] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--training.max_steps"], "settings come as --key value pairs, got '--training.max_steps'"),
+        (["--training.max_step", "3"], "there is no setting 'max_step'; did you mean 'max_steps'?"),
+        (["--model.name", "x"], "--model.name: model is 'base' .* has no settings of its own"),
+    ],
+)
+def test_wrong_overrides(config_file, overrides, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        read_config(config_file(), overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"max_steps": "many", "use_cpu": True}}, "setting max_steps must be int, got 'many'"),
+        ({"training": {"learning_rate": "fast", "use_cpu": True}}, "setting learning_rate must be float, got 'fast'"),
+        ({"mask_warmup": {"max_steps": 1}}, "set training.cache_image_features to a folder"),
+    ],
+)
+def test_wrong_values_stop_the_run_before_anything_is_loaded(config_file, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(read_config(config_file(**changes), []))
+
+
+def test_usage():
+    with pytest.raises(ValueError, match="usage: mglmm train CONFIG.yaml"):
+        main([])
+
+
+# ---------------------------------------------------------------- rows: 4 referring, 2 absent, 2 fine
+
+
+def test_all_rows_without_weights(dataset_folder):
+    dataset = load_rows(DataConfig(dataset_folder), seed=0)
+    assert Counter(dataset["task"]) == {"referring": 4, "absent": 2, "fine": 2}
+    assert dataset[1]["messages"][1]["content"] == "Sorry, I cannot find a bicycle."
+    assert dataset[1]["length"] == len("<image>\nSegment a bicycle.") + len("Sorry, I cannot find a bicycle.") == 57
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({"referring": 1, "absent": 1}, {"referring": 4, "absent": 4}),  # absent twice over, fine left out
+        ({"referring": 1, "absent": 3}, {"referring": 2, "absent": 6}),  # referring thinned
+        ({"fine": 0.5}, {"fine": 8}),
+    ],
+)
+def test_weights_are_shares_of_the_rows(dataset_folder, weights, expected):
+    dataset = load_rows(DataConfig(dataset_folder, task_weights=weights), seed=0)
+    assert Counter(dataset["task"]) == expected
+    again = load_rows(DataConfig(dataset_folder, task_weights=weights), seed=0)
+    assert again["messages"] == dataset["messages"]
+    for task, count in expected.items():  # repeated evenly
+        ids = [str(row["messages"]) for row in dataset if row["task"] == task]
+        repeats = Counter(ids).values()
+        assert sum(repeats) == count and max(repeats) - min(repeats) <= 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"referring": 1, "fine": 0}, r"task 'fine' has weight 0 and 2 rows; drop it from task_weights"),
+        ({"referring": 1, "fine": -1}, r"task 'fine' has weight -1 and 2 rows"),
+        ({"refering": 1}, r"task 'refering' has weight 1 and 0 rows"),
+    ],
+)
+def test_wrong_weights(dataset_folder, weights, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(DataConfig(dataset_folder, task_weights=weights), seed=0)

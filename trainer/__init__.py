@@ -1,0 +1,1 @@
+"""Training: trainer, arguments, collator and recipes."""
