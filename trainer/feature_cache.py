@@ -98,15 +98,17 @@ def _fingerprint(model: MglmmForConditionalGeneration, processor: MglmmProcessor
     for encoder in encoders:
         for name, value in sorted(encoder.state_dict().items()):
             digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    preprocessing = processor.image_processor.to_dict()
+    preprocessing.pop("auto_map", None)  # where the code lies; written by a save, so that it comes and goes
     settings = [
         config.vision_feature_layer,
         config.vision_feature_select_strategy,
         config.normalize_vision_features,
         config.pixel_feature_layer,
-        processor.image_processor.to_json_string(),
+        preprocessing,
         processor.sam_image_size,
         processor.sam_image_mean,
         processor.sam_image_std,
     ]
-    digest.update(json.dumps(settings).encode())
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.digest()

@@ -19,6 +19,16 @@ def test_the_same_picture_and_model_give_the_same_key(tiny, tmp_path):
     assert first.path_of(picture()) == second.path_of(picture())
 
 
+def test_saving_and_loading_keeps_the_keys(tiny, tmp_path):
+    """Features computed before a save serve the loaded model."""
+    tiny.model.save_pretrained(tmp_path / "model")
+    tiny.processor.save_pretrained(tmp_path / "model")
+    model = type(tiny.model).from_pretrained(tmp_path / "model")
+    processor = type(tiny.processor).from_pretrained(tmp_path / "model")
+    before = FeatureCache(tmp_path / "cache", tiny.model, tiny.processor)
+    assert FeatureCache(tmp_path / "cache", model, processor).path_of(picture()) == before.path_of(picture())
+
+
 def changed_pixel(image: Image.Image) -> Image.Image:
     image = image.copy()
     image.putpixel((0, 0), (1, 2, 3))
