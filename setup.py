@@ -34,6 +34,7 @@ EXTRAS = {
         "packaging>=25",
         "pytest>=9",
         "ruff>=0.15",
+        "segment-anything>=1.0",
         "scikit-image>=0.26",
         "setuptools>=77",
     ],
