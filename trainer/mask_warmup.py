@@ -1,9 +1,13 @@
 """
-First stage of training from fresh parts: teach neck and mask decoder before the language model moves.
+First stage of training from fresh parts: teach neck, mask decoder and projectors before the language model moves.
 
 A fresh mask decoder first learns "everything is background", and a joint run pays language-model time for every step of
 that. Here the frozen language model reads each phrase once, without a picture; its `[SEG]` states are kept, and only
 projector, neck and decoder train on them. The joint stage then starts with masks that already follow the phrase.
+
+Beside it, the image tokens learn to speak the language model's words: averaged over a mask, they are drawn to the mean
+input embedding of the mask's phrase. That costs next to nothing, and the language model finds words where it looked at
+noise. It needs masks and image tokens in one frame, hence a shared vision tower; other models go without.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer
@@ -28,8 +33,9 @@ from .mglmm_trainer import UNTRAINED
 
 QUESTION = "Please segment {}."
 ANSWER = "Sure, {}."
-MASK_LOSSES = ("mask_bce_loss", "mask_dice_loss")
+LOSS_PARTS = ("mask_bce_loss", "mask_dice_loss", "word_loss")
 MASK_PATH = ("pixel_neck", "mask_projector", "prompt_encoder", "mask_decoder")
+TEMPERATURE = 0.07  # of the contrast between the phrases of a batch, as in CLIP's initialisation
 
 
 def phrases_of(messages: Iterable[dict[str, str]]) -> list[str]:
@@ -64,37 +70,53 @@ def phrase_states(
     return states
 
 
+@torch.no_grad()
+def phrase_words(
+    model: MglmmForConditionalGeneration, processor: MglmmProcessor, phrases: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Mean input embedding `(hidden,)` of each distinct phrase's tokens, less the mean of the whole vocabulary."""
+    embeddings = model.get_input_embeddings().weight.float()
+    mean = embeddings.mean(0)
+    words = {}
+    for phrase in sorted(set(phrases)):
+        token_ids = processor.tokenizer(f" {phrase}", add_special_tokens=False)["input_ids"]
+        words[phrase] = (embeddings[token_ids].mean(0) - mean).cpu()
+    return words
+
+
 class MaskWarmupCollator:
     """
-    Rows of (image, masks, phrases) to image features, phrase states and labels of at most `masks_per_image` masks each,
-    drawn anew at every visit.
+    Rows of (image, masks, phrases) to image features, phrase states, phrase words and labels of at most
+    `masks_per_image` masks each, drawn anew at every visit.
     """
 
     def __init__(
         self,
         processor: MglmmProcessor,
         states: dict[str, torch.Tensor],
+        words: dict[str, torch.Tensor],
         feature_cache: FeatureCache,
         masks_per_image: int,
         mask_size: int,
     ):
-        self.processor, self.states, self.feature_cache = processor, states, feature_cache
+        self.processor, self.states, self.words, self.feature_cache = processor, states, words, feature_cache
         self.masks_per_image, self.mask_size = masks_per_image, mask_size
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        states, labels, index = [], [], []
+        phrases, labels, index = [], [], []
         for i, row in enumerate(rows):
             pairs = list(zip(phrases_of(row["messages"]), row["masks"], strict=True))
             chosen = torch.randperm(len(pairs))[
                 : self.masks_per_image
             ]  # torch's generator differs from worker to worker
             pairs = [pairs[k] for k in chosen.tolist()]
-            states += [self.states[phrase] for phrase, _ in pairs]
+            phrases += [phrase for phrase, _ in pairs]
             labels.append(self.processor.mask_labels([decode_mask(mask) for _, mask in pairs], self.mask_size))
             index += [i] * len(pairs)
         return {
             "image_features": self.feature_cache.load([row["image"] for row in rows]),
-            "seg_states": torch.stack(states),
+            "seg_states": torch.stack([self.states[phrase] for phrase in phrases]),
+            "words": torch.stack([self.words[phrase] for phrase in phrases]),
             "mask_image_index": torch.tensor(index),
             "mask_labels": torch.cat(labels),
         }
@@ -102,16 +124,17 @@ class MaskWarmupCollator:
 
 class MaskWarmup(nn.Module):
     """
-    The mask path alone, in the form that `Trainer` takes: losses from `[SEG]` states that are given. Freezes everything
-    else in `model`, whose own modules these are.
+    The mask path and the image projector alone, in the form that `Trainer` takes: losses from `[SEG]` states that are
+    given. Freezes everything else in `model`, whose own modules these are.
     """
 
     def __init__(self, model: MglmmForConditionalGeneration):
         super().__init__()
         self.config = model.config
-        modules = {name: getattr(model.model, name) for name in MASK_PATH if getattr(model.model, name) is not None}
-        self.mask_path = nn.ModuleDict(modules)
-        self._models = (model.model,)  # in a tuple, hence no submodule: checkpoints hold the mask path alone
+        names = (*MASK_PATH, *(["multi_modal_projector"] if model.config.share_vision_tower else []))
+        modules = {name: getattr(model.model, name) for name in names if getattr(model.model, name) is not None}
+        self.trained = nn.ModuleDict(modules)
+        self._models = (model.model,)  # in a tuple, hence no submodule: checkpoints hold the trained modules alone
         model.requires_grad_(False)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("prompt_encoder" not in name and not any(part in name for part in UNTRAINED))
@@ -120,6 +143,7 @@ class MaskWarmup(nn.Module):
         self,
         image_features: MglmmImageFeatures,
         seg_states: torch.Tensor,
+        words: torch.Tensor,
         mask_image_index: torch.LongTensor,
         mask_labels: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
@@ -128,23 +152,48 @@ class MaskWarmup(nn.Module):
         pred_masks = model.decode_masks(seg_states, mask_image_index, embeddings)
         bce, dice = mask_losses(pred_masks, mask_labels, len(mask_labels))
         loss = self.config.bce_loss_weight * bce + self.config.dice_loss_weight * dice
-        return {"loss": loss, "mask_bce_loss": bce, "mask_dice_loss": dice}
+        losses = {"mask_bce_loss": bce, "mask_dice_loss": dice}
+        if self.config.share_vision_tower:
+            tokens = model.project_image_features(image_features)[mask_image_index]
+            mean = model.get_input_embeddings().weight.mean(0)
+            losses["word_loss"] = word_loss(tokens - mean, words, mask_labels == 1)
+            loss = loss + losses["word_loss"]
+        return {"loss": loss, **losses}
+
+
+def word_loss(tokens: torch.Tensor, words: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """
+    Draws the image tokens under each mask to the words of its phrase: squared distance relative to the words' own
+    power, plus the cross entropy of telling the phrase from the others of the batch (InfoNCE, equal phrases merged).
+
+    Args:
+        tokens: `(masks, side * side, hidden)`, row-major, of each mask's image.
+        words: `(masks, hidden)` from `phrase_words`.
+        masks: `(masks, h, w)` bool in the frame of the image tokens.
+    """
+    side = round(tokens.shape[1] ** 0.5)
+    share = F.adaptive_avg_pool2d(masks[:, None].float(), side).flatten(1)
+    pooled = torch.einsum("mt,mth->mh", share / share.sum(1, keepdim=True).clamp_min(1e-6), tokens)
+    distance = (pooled - words).square().mean() / words.square().mean()
+    phrases, target = torch.unique(words, dim=0, return_inverse=True)
+    similarity = F.normalize(pooled, dim=-1) @ F.normalize(phrases, dim=-1).T
+    return distance + F.cross_entropy(similarity / TEMPERATURE, target)
 
 
 class MaskWarmupTrainer(Trainer):
-    """`Trainer` over `MaskWarmup`, whose batches hold no `labels`; logs the two mask losses beside their sum."""
+    """`Trainer` over `MaskWarmup`, whose batches hold no `labels`; logs the losses beside their sum."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._parts: list[torch.Tensor] = []
+        self._parts: list[dict[str, torch.Tensor]] = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        self._parts.append(torch.stack([outputs[name].detach() for name in MASK_LOSSES]))
+        self._parts.append({name: outputs[name].detach() for name in LOSS_PARTS if name in outputs})
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
-            logs |= dict(zip(MASK_LOSSES, torch.stack(self._parts).mean(0).tolist(), strict=True))
+            logs |= {name: torch.stack([p[name] for p in self._parts]).mean().item() for name in self._parts[0]}
             self._parts = []
         super().log(logs, start_time)

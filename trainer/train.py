@@ -23,7 +23,7 @@ from mglmm.processing.uscdf import PHRASE_END, PHRASE_START, SEG_TOKEN
 from .curves import plot_curves
 from .data_collator import MglmmDataCollator
 from .feature_cache import FeatureCache
-from .mask_warmup import MaskWarmup, MaskWarmupCollator, MaskWarmupTrainer, phrase_states, phrases_of
+from .mask_warmup import MaskWarmup, MaskWarmupCollator, MaskWarmupTrainer, phrase_states, phrase_words, phrases_of
 from .mglmm_trainer import MglmmTrainer, add_adapter
 from .training_args import MglmmTrainingArguments
 
@@ -169,9 +169,10 @@ def warm_up(
     result = output_dir / "mask_warmup.safetensors"
     wrapper = MaskWarmup(model)
     if not result.is_file():
-        states = phrase_states(model, processor, [p for m in dataset["messages"] for p in phrases_of(m)])
+        phrases = [phrase for messages in dataset["messages"] for phrase in phrases_of(messages)]
+        states, words = phrase_states(model, processor, phrases), phrase_words(model, processor, phrases)
         with_masks = dataset.select(np.flatnonzero([len(masks) > 0 for masks in dataset["masks"]]))
-        collator = MaskWarmupCollator(processor, states, cache, masks_per_image, args.mask_size)
+        collator = MaskWarmupCollator(processor, states, words, cache, masks_per_image, args.mask_size)
         trainer = MaskWarmupTrainer(model=wrapper, args=args, train_dataset=with_masks, data_collator=collator)
         trainer.train(resume_from_checkpoint=_last_checkpoint(Path(str(args.output_dir))))
         _write_log(trainer.state.log_history, output_dir, "mask_warmup")

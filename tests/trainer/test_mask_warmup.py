@@ -9,7 +9,15 @@ from safetensors.torch import load_file
 
 from mglmm.processing.uscdf import SEG_TOKEN
 from mglmm.trainer.feature_cache import FeatureCache
-from mglmm.trainer.mask_warmup import MaskWarmup, MaskWarmupCollator, MaskWarmupTrainer, phrase_states, phrases_of
+from mglmm.trainer.mask_warmup import (
+    MaskWarmup,
+    MaskWarmupCollator,
+    MaskWarmupTrainer,
+    phrase_states,
+    phrase_words,
+    phrases_of,
+    word_loss,
+)
 from tests.tiny import tiny_model
 from tests.trainer.conftest import BOXES, box_mask, training_arguments, uscdf_row
 
@@ -43,17 +51,22 @@ def test_states_are_those_of_a_direct_forward(tiny):
 
 @pytest.fixture
 def stage(tmp_path: Path, rows, request):
-    """Model, processor, cache and states of `rows` for the first stage."""
+    """Model, processor, and the collator of the first stage with its states for `rows`."""
     _, processor = request.getfixturevalue("tiny_shared")
     model = tiny_model(processor, shared=True, tie_word_embeddings=True)
     cache = FeatureCache(tmp_path / "features", model, processor)
     cache.fill(model, processor, [row["image"] for row in rows])
-    return model, processor, cache, phrase_states(model, processor, list(BOXES))
+    states, words = phrase_states(model, processor, list(BOXES)), phrase_words(model, processor, BOXES)
+
+    def collator(masks_per_image: int) -> MaskWarmupCollator:
+        return MaskWarmupCollator(processor, states, words, cache, masks_per_image, mask_size=16)
+
+    return model, processor, collator, states
 
 
 def test_a_batch_draws_at_most_so_many_masks_an_image(stage, rows):
-    _, processor, cache, states = stage
-    collator = MaskWarmupCollator(processor, states, cache, masks_per_image=2, mask_size=16)
+    _, processor, collator_of, states = stage
+    collator = collator_of(2)
     labels = {name: processor.mask_labels([box_mask(name)], 16)[0] for name in BOXES}
     torch.manual_seed(0)
     drawn = set()
@@ -63,13 +76,14 @@ def test_a_batch_draws_at_most_so_many_masks_an_image(stage, rows):
         assert batch["seg_states"].shape == (5, 48) and batch["mask_labels"].shape == (5, 16, 16)
         names = [next(n for n, s in states.items() if torch.equal(s, state)) for state in batch["seg_states"]]
         assert all(torch.equal(labels[n], label) for n, label in zip(names, batch["mask_labels"], strict=True))
+        assert torch.equal(batch["words"], torch.stack([collator.words[name] for name in names]))
         assert names[2] == "the car" and len(batch["image_features"].vision_hidden_states) == 3
         drawn.add(frozenset(names[:2]))
     assert len(drawn) == 3  # every pair of the first row's masks comes up
 
 
 def test_only_the_mask_path_changes_and_the_loss_falls(stage, rows, tmp_path: Path):
-    model, processor, cache, states = stage
+    model, _, collator_of, _ = stage
     before = copy.deepcopy(model.state_dict())
     args = training_arguments(
         tmp_path / "run",
@@ -79,31 +93,33 @@ def test_only_the_mask_path_changes_and_the_loss_falls(stage, rows, tmp_path: Pa
         save_strategy="steps",
         save_steps=20,
     )
-    collator = MaskWarmupCollator(processor, states, cache, masks_per_image=3, mask_size=16)
     with_masks = [row for row in rows if row["masks"]]
-    trainer = MaskWarmupTrainer(model=MaskWarmup(model), args=args, train_dataset=with_masks, data_collator=collator)
+    trainer = MaskWarmupTrainer(
+        model=MaskWarmup(model), args=args, train_dataset=with_masks, data_collator=collator_of(3)
+    )
     trainer.train()
 
     after = model.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert {name.split(".")[1] for name in changed} == {"pixel_neck", "mask_projector", "mask_decoder"}
+    trained = {"pixel_neck", "mask_projector", "mask_decoder", "multi_modal_projector"}
+    assert {name.split(".")[1] for name in changed} == trained
     assert not [name for name in changed if "iou_prediction_head" in name or "hypernetworks_mlps.1" in name]
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    assert history[-1]["mask_bce_loss"] < 0.7 * history[0]["mask_bce_loss"]
+    assert history[-1]["word_loss"] < history[0]["word_loss"]
     for entry in history:
-        total = 2.0 * entry["mask_bce_loss"] + 0.5 * entry["mask_dice_loss"]
+        total = 2.0 * entry["mask_bce_loss"] + 0.5 * entry["mask_dice_loss"] + entry["word_loss"]
         assert entry["loss"] == pytest.approx(total, rel=1e-4)
 
-    # The embeddings of this model are tied, which safetensors refuses: checkpoints hold the mask path alone.
+    # The embeddings of this model are tied, which safetensors refuses: checkpoints hold what is trained alone.
     saved = load_file(tmp_path / "run" / "checkpoint-20" / "model.safetensors")
-    assert {name.split(".")[1] for name in saved} == {"pixel_neck", "mask_projector", "prompt_encoder", "mask_decoder"}
+    assert {name.split(".")[1] for name in saved} == {*trained, "prompt_encoder"}
 
 
 def test_the_losses_are_those_of_the_model(stage, rows):
-    model, processor, cache, states = stage
+    model, _, collator_of, _ = stage
     row = uscdf_row(0, "referring", ("the hat", "the dog"))
-    collator = MaskWarmupCollator(processor, states, cache, masks_per_image=2, mask_size=16)
-    batch = collator([row])
+    batch = collator_of(2)([row])
     outputs = MaskWarmup(model)(**batch)
     embeddings = model.model.get_image_embeddings(batch["image_features"])
     logits = model.model.decode_masks(batch["seg_states"], batch["mask_image_index"], embeddings)
@@ -116,3 +132,25 @@ def test_the_losses_are_those_of_the_model(stage, rows):
     dice = 1 - overlap / ((probability.sum((1, 2)) + target.sum((1, 2))) / 1000 + 1e-6)
     torch.testing.assert_close(outputs["mask_bce_loss"], bce)
     torch.testing.assert_close(outputs["mask_dice_loss"], dice.mean())
+
+
+def test_words_are_mean_embeddings_around_the_mean_of_the_vocabulary(tiny):
+    table = tiny.model.get_input_embeddings().weight.detach()
+    hat = tiny.processor.tokenizer(" the hat", add_special_tokens=False)["input_ids"]
+    words = phrase_words(tiny.model, tiny.processor, ["the hat", "the dog", "the hat"])
+    assert sorted(words) == ["the dog", "the hat"]
+    torch.testing.assert_close(words["the hat"], table[hat].mean(0) - table.mean(0))
+
+
+def test_the_word_loss_looks_under_the_mask_and_tells_phrases_apart():
+    # A picture of 2 x 2 image tokens whose left column says (1, 0) and whose right column says (0, 1).
+    tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]]).expand(3, -1, -1)
+    left, right = torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
+    left[:, :2], right[:, 2:] = True, True
+    words = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # the first and the last are one phrase, not rivals
+    agreeing = word_loss(tokens, words, torch.stack([left, right, left]))
+    assert agreeing.item() == pytest.approx(0.0, abs=1e-5)
+    swapped = word_loss(tokens, words, torch.stack([right, left, right]))
+    assert swapped.item() == pytest.approx(2.0 + 1 / 0.07, rel=1e-4)  # squared distance 2 of power 1; cosine 0 against 1
+    half = word_loss(tokens, words, torch.ones(3, 4, 4, dtype=torch.bool))  # both columns: half way, and undecided
+    assert half.item() == pytest.approx(0.5 + torch.tensor(2.0).log().item(), rel=1e-4)
