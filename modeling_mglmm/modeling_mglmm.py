@@ -13,6 +13,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.sam.modeling_sam import (
+    SamAttention,
+    SamFeedForward,
     SamMaskDecoder,
     SamPositionalEmbedding,
     SamPromptEncoder,
@@ -67,6 +69,15 @@ class MglmmPreTrainedModel(PreTrainedModel):
             # transformers' scale (half of the vision encoder's width) would give neighbouring cells unrelated codes;
             # SAM was trained with 1.
             init.normal_(module.positional_embedding)
+        # A fresh mask decoder: transformers' 0.02 would leave its attention uniform for hundreds of steps. With one
+        # projection for queries and keys, tokens attend from the start to the pixels that resemble them.
+        elif isinstance(module, SamAttention):
+            for projection in (module.q_proj, module.v_proj, module.out_proj):
+                init.xavier_uniform_(projection.weight)
+            init.copy_(module.k_proj.weight, module.q_proj.weight)
+        elif isinstance(module, SamFeedForward):
+            for layer in (module.proj_in, *module.layers, module.proj_out):
+                init.xavier_uniform_(layer.weight)
 
 
 class MglmmModel(MglmmImageMixin, MglmmPreTrainedModel):

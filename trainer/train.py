@@ -23,7 +23,15 @@ from mglmm.processing.uscdf import PHRASE_END, PHRASE_START, SEG_TOKEN
 from .curves import plot_curves
 from .data_collator import MglmmDataCollator
 from .feature_cache import FeatureCache
-from .mask_warmup import MaskWarmup, MaskWarmupCollator, MaskWarmupTrainer, phrase_states, phrase_words, phrases_of
+from .mask_warmup import (
+    MaskWarmup,
+    MaskWarmupCollator,
+    MaskWarmupTrainer,
+    phrase_states,
+    phrase_words,
+    phrases_of,
+    standardise_prompts,
+)
 from .mglmm_trainer import MglmmTrainer, add_adapter
 from .training_args import MglmmTrainingArguments
 
@@ -171,6 +179,7 @@ def warm_up(
     if not result.is_file():
         phrases = [phrase for messages in dataset["messages"] for phrase in phrases_of(messages)]
         states, words = phrase_states(model, processor, phrases), phrase_words(model, processor, phrases)
+        standardise_prompts(model, states.values())
         with_masks = dataset.select(np.flatnonzero([len(masks) > 0 for masks in dataset["masks"]]))
         collator = MaskWarmupCollator(processor, states, words, cache, masks_per_image, args.mask_size)
         trainer = MaskWarmupTrainer(model=wrapper, args=args, train_dataset=with_masks, data_collator=collator)

@@ -162,6 +162,10 @@ def test_fresh_sam_parts_from_a_configuration(tiny) -> None:
     body = model.model
     assert 0.6 < float(body.prompt_encoder.shared_embedding.positional_embedding.std()) < 1.5
     assert float(body.mask_decoder.iou_token.weight.detach().std()) > 0.01
+    attention = body.mask_decoder.transformer.layers[0].cross_attn_token_to_image
+    width = attention.q_proj.in_features + attention.q_proj.out_features
+    assert float(attention.q_proj.weight.detach().std()) == pytest.approx((2 / width) ** 0.5, rel=0.1)  # Xavier
+    assert torch.equal(attention.q_proj.weight, attention.k_proj.weight)
     assert float(body.pixel_encoder.vision_encoder.patch_embed.projection.weight.std()) > 0.01
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert_works(model, tiny.processor)

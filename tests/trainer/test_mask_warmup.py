@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mglmm.modeling_mglmm.mask_losses import mask_losses
 from mglmm.processing.uscdf import SEG_TOKEN
 from mglmm.trainer.feature_cache import FeatureCache
 from mglmm.trainer.mask_warmup import (
@@ -16,6 +17,7 @@ from mglmm.trainer.mask_warmup import (
     phrase_states,
     phrase_words,
     phrases_of,
+    standardise_prompts,
     word_loss,
 )
 from tests.tiny import tiny_model
@@ -108,7 +110,7 @@ def test_only_the_mask_path_changes_and_the_loss_falls(stage, rows, tmp_path: Pa
     assert history[-1]["mask_bce_loss"] < 0.7 * history[0]["mask_bce_loss"]
     assert history[-1]["word_loss"] < history[0]["word_loss"]
     for entry in history:
-        total = 2.0 * entry["mask_bce_loss"] + 0.5 * entry["mask_dice_loss"] + entry["word_loss"]
+        total = 2.0 * entry["mask_bce_loss"] + 0.5 * entry["mask_dice_loss"] + entry["pixel_loss"] + entry["word_loss"]
         assert entry["loss"] == pytest.approx(total, rel=1e-4)
 
     # The embeddings of this model are tied, which safetensors refuses: checkpoints hold what is trained alone.
@@ -132,6 +134,26 @@ def test_the_losses_are_those_of_the_model(stage, rows):
     dice = 1 - overlap / ((probability.sum((1, 2)) + target.sum((1, 2))) / 1000 + 1e-6)
     torch.testing.assert_close(outputs["mask_bce_loss"], bce)
     torch.testing.assert_close(outputs["mask_dice_loss"], dice.mean())
+
+
+def test_the_pixel_loss_is_that_of_the_product_of_prompt_and_embedding(stage, rows):
+    model, _, collator_of, _ = stage
+    batch = collator_of(2)([rows[0], rows[3]])
+    outputs = MaskWarmup(model)(**batch)
+    prompts = model.model.mask_projector(batch["seg_states"])
+    embeddings = model.model.get_image_embeddings(batch["image_features"])[[0, 0, 1]]
+    logits = (prompts[:, :, None, None] * embeddings).sum(1) / prompts.shape[1] ** 0.5
+    bce, dice = mask_losses(logits, batch["mask_labels"], 3)
+    torch.testing.assert_close(outputs["pixel_loss"], 2.0 * bce + 0.5 * dice)
+
+
+def test_prompts_of_different_phrases_start_far_apart(stage):
+    model, _, _, _ = stage
+    states = 40 + 0.1 * torch.randn(50, 48, generator=torch.Generator().manual_seed(0))  # nearly one and the same
+    standardise_prompts(model, states)
+    prompts = model.model.mask_projector(states).detach()
+    torch.testing.assert_close(prompts.mean(0), torch.zeros(prompts.shape[1]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(prompts.std(0), torch.ones(prompts.shape[1]), atol=1e-3, rtol=0)
 
 
 def test_words_are_mean_embeddings_around_the_mean_of_the_vocabulary(tiny):
