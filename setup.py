@@ -66,6 +66,7 @@ setup(
         "datasets>=5.2",
         "httpx2>=2.16",
         "huggingface_hub>=2.4",
+        "ijson>=3.4",
         "jinja2>=3.1",
         "matplotlib>=3.10",
         "numpy>=2.2",

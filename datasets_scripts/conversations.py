@@ -4,7 +4,7 @@ Every function takes a `random.Random` and is otherwise pure, so that a row depe
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,11 +43,21 @@ class Target:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its answer, and the targets whose masks belong to the `[SEG]`s of the answer, in their order."""
+    """A question and its answer.
+
+    Attributes:
+        masks: COCO RLEs of the `[SEG]`s of the answer, in their order.
+        regions: Boxes (xyxy, pixels) of the `<region>`s of the question, in their order.
+    """
 
     question: str
     answer: str
-    targets: tuple[Target, ...] = ()
+    masks: tuple[Mapping[str, Any], ...] = ()
+    regions: tuple[tuple[float, float, float, float], ...] = ()
+
+
+def _masks(targets: Iterable[Target]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(target.mask for target in targets if target.mask is not None)
 
 
 def listed(items: Sequence[str], last: str = "and") -> str:
@@ -90,7 +100,7 @@ def ask_for_one(rng: random.Random, target: Target, *, follow_up: bool = False) 
             named = f"any {target.noun.bare(target.count)}"
         return Turn(question, _refusal(rng, [named], target))
     answer = choose(rng, templates.PRESENT_ANSWERS, first=0.6)
-    return Turn(question, answer.format(p=render_phrase(query)), (target,))
+    return Turn(question, answer.format(p=render_phrase(query)), _masks([target]))
 
 
 def ask_for_several(rng: random.Random, targets: Sequence[Target]) -> Turn:
@@ -112,7 +122,7 @@ def ask_for_several(rng: random.Random, targets: Sequence[Target]) -> Turn:
     answer = answer.format(p=render_list([query for query, _ in present]))
     if absent:
         answer += " " + choose(rng, templates.PARTLY_ABSENT_TAILS).format(y=listed(absent, "or"))
-    return Turn(question, answer, tuple(target for _, target in present))
+    return Turn(question, answer, _masks(target for _, target in present))
 
 
 def _refusal(rng: random.Random, queries: Sequence[str], target: Target | None = None) -> str:
@@ -195,7 +205,7 @@ def describe_image(rng: random.Random, objects: Sequence[Target]) -> Turn:
     openings = [choose(rng, templates.PANOPTIC_OPENINGS, first=0.4)]
     openings += rng.sample(templates.PANOPTIC_MORE, len(sentences) - 1)
     answer = " ".join(opening.format(p=phrases) for opening, phrases in zip(openings, sentences, strict=True))
-    return Turn(loosen(rng, choose(rng, templates.PANOPTIC_QUESTIONS)), answer, tuple(mentioned))
+    return Turn(loosen(rng, choose(rng, templates.PANOPTIC_QUESTIONS)), answer, _masks(mentioned))
 
 
 def describe_parts(rng: random.Random, target: Target, parts: Sequence[Target]) -> Turn:
@@ -213,7 +223,7 @@ def describe_parts(rng: random.Random, target: Target, parts: Sequence[Target]) 
         answers = templates.FINE_ANSWERS_PLURAL if plural else templates.FINE_ANSWERS
         phrases = render_list([part.noun.definite(part.count) for part in chosen])
         answer = choose(rng, answers, first=0.5).format(x=whole, p=phrases)
-        return Turn(question, capitalise(answer), tuple(chosen))
+        return Turn(question, capitalise(answer), _masks(chosen))
     worn = [part for part in chosen if part.noun.name not in BODY]
     body = [part for part in chosen if part.noun.name in BODY]
     sentences = []
@@ -223,7 +233,7 @@ def describe_parts(rng: random.Random, target: Target, parts: Sequence[Target]) 
     if body:
         template = choose(rng, templates.BODY_AFTER if worn else templates.BODY_ONLY, first=0.6)
         sentences.append(template.format(x=whole, p=render_list([part.noun.definite(part.count) for part in body])))
-    return Turn(question, " ".join(map(capitalise, sentences)), (*worn, *body))
+    return Turn(question, " ".join(map(capitalise, sentences)), _masks((*worn, *body)))
 
 
 def caption(rng: random.Random, objects: Sequence[Target], parts: Sequence[Target]) -> Turn:

@@ -13,5 +13,7 @@ FEATURES = Features(
         "masks": List({"size": List(Value("int32"), length=2), "counts": Value("string")}),
         # x1, y1, x2, y2 in pixels of the original image, in the order of the <region>s.
         "regions": List(List(Value("float32"), length=4)),
+        # Pixels that nobody labelled, as one more RLE; null where every pixel counts.
+        "ignore_mask": {"size": List(Value("int32"), length=2), "counts": Value("string")},
     }
 )

@@ -1,19 +1,33 @@
-"""Prepare a dataset as Parquet plus a card, so that `datasets.load_dataset` opens it without any code."""
+"""
+Prepare a dataset as Parquet plus a card, so that `datasets.load_dataset` opens it without any code.
 
-import tempfile
+The items of a split are cut into shards of a fixed number, so that a shard depends on the options alone: a run that was
+killed and is started again keeps the finished ones, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import datasets
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from datasets.arrow_writer import ParquetWriter
 from huggingface_hub import DatasetCard, DatasetCardData
+from tqdm import tqdm
 
-from mglmm.datasets_scripts.hierarchical_coco import HierarchicalCoco
+from .builder import UscdfBuilder
+from .features import FEATURES
+from .hierarchical_coco import HierarchicalCoco
 
-BUILDERS: dict[str, type[datasets.GeneratorBasedBuilder]] = {"photos": HierarchicalCoco}
+BUILDERS: dict[str, type[UscdfBuilder]] = {"photos": HierarchicalCoco}
+ITEMS_PER_SHARD = 500  # few enough that a killed run loses little, and that an embedded shard stays below 500 MB
+WORK = ".progress"  # in the output folder while it is being written
 
 
 @dataclass
@@ -21,8 +35,8 @@ class Summary:
     """What was written: number of rows and masks by (config, split), and what was left out, by reason."""
 
     output: Path
-    rows: dict[tuple[str, str], int] = field(default_factory=dict)
-    masks: dict[tuple[str, str], int] = field(default_factory=dict)
+    rows: Counter[tuple[str, str]] = field(default_factory=Counter)
+    masks: Counter[tuple[str, str]] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -44,75 +58,140 @@ def prepare(
     variants: int = 1,
     seed: int = 0,
     limit: int | None = None,
-    num_proc: int = 1,
+    num_proc: int | None = None,
+    answers: Literal["uscdf", "plain"] = "uscdf",
 ) -> Summary:
-    """Prepare a dataset in its original layout as USCDF Parquet.
+    """
+    Prepare a dataset in its original layout as USCDF Parquet. Started again after a kill, it goes on where it was.
 
     Args:
-        name: Name of the dataset family: "photos".
+        name: Of the dataset family, one of `BUILDERS`.
         data_dir: Folder of the dataset.
         output: Folder to write: one sub-folder of Parquet files per configuration, and `README.md`.
         images: "embed" stores the encoded images in the rows, "path" their absolute paths: small and quick to write, and
             readable on this machine only.
-        variants: How often each training image is worded anew.
-        seed: Seed of all choices.
-        limit: Use only the first images of each split.
-        num_proc: Number of processes.
+        variants: How often each training image is worded anew, in families that draw their questions.
+        seed: Of all choices.
+        limit: Use only the first items of each split.
+        num_proc: Number of processes, by default one for each core.
+        answers: "plain" for the answer style before USCDF.
 
     Raises:
-        ValueError: the name is unknown or no image is usable.
-        FileNotFoundError: the data folder has no annotations.
-        FileExistsError: the output folder is not empty.
+        ValueError: the name is unknown, no item is usable, or `output` was begun with other options.
+        FileNotFoundError: the data folder lacks the annotations.
+        FileExistsError: the output folder holds something else.
     """
     if name not in BUILDERS:
         raise ValueError(f"unknown dataset {name!r}; known: {', '.join(BUILDERS)}")
-    output = Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty; delete it or choose another output folder")
-    summary = Summary(output)
-    card_configs = []
-    with tempfile.TemporaryDirectory() as cache_dir:
-        for config in BUILDERS[name].builder_configs:
-            builder = BUILDERS[name](
-                cache_dir=cache_dir,
-                config_name=config,
-                data_dir=str(Path(data_dir).resolve()),
-                images=images,
-                variants=variants,
-                seed=seed,
-                limit=limit,
-            )
-            folder = output / config
-            if images == "embed":
-                builder.download_and_prepare(
-                    str(folder), file_format="parquet", num_proc=num_proc, max_shard_size="500MB"
-                )
-            else:
-                _write_paths(builder, folder, num_proc)
-            data_files = []
-            for split in builder.info.splits:
-                pattern = f"{builder.name}-{split}*.parquet"
-                masks = [pq.read_table(file, columns=["masks"])["masks"] for file in sorted(folder.glob(pattern))]
-                summary.rows[config, split] = sum(map(len, masks))
-                summary.masks[config, split] = sum(pc.sum(pc.list_value_length(column)).as_py() for column in masks)
-                data_files.append({"split": str(split), "path": f"{config}/{pattern}"})
-            summary.skipped = builder.skipped
+    output, data_dir = Path(output), Path(data_dir).resolve()
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"there is no folder {data_dir}")
+    options = {"images": images, "variants": variants, "seed": seed, "limit": limit, "answers": answers}
+    work = _begin(output, {"name": name, "data_dir": str(data_dir), **options})
+    builders = {
+        config: BUILDERS[name](cache_dir=str(work), config_name=config, data_dir=str(data_dir), **options)
+        for config in BUILDERS[name].builder_configs
+    }
+    summary, card_configs = Summary(output), []
+    with _workers(num_proc) as pool:
+        for config, builder in builders.items():
+            splits = builder.split_items()
+            shards = _shards(output / config, splits)
+            left = [shard for shard in shards if not shard.done.is_file()]
+            total = sum(len(shard.items) for shard in shards)
+            with tqdm(
+                total=total, initial=total - sum(len(shard.items) for shard in left), desc=config, unit="item"
+            ) as bar:
+                jobs = {pool.submit(write_shard, builder, shard): shard for shard in left}
+                for job in as_completed(jobs):
+                    job.result()
+                    bar.update(len(jobs[job].items))
+            skipped = Counter(builder.skipped)
+            for shard in shards:
+                report = json.loads(shard.done.read_text())
+                summary.rows[config, shard.split] += report["rows"]
+                summary.masks[config, shard.split] += report["masks"]
+                skipped.update(report["skipped"])
+            summary.skipped |= skipped  # the configurations read the same source
+            data_files = [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in splits]
             card_configs.append({"config_name": config, "data_files": data_files, "default": config == "default"})
+    for (config, split), rows in summary.rows.items():
+        if rows == 0:
+            raise ValueError(f"no usable item in {config} {split} of {data_dir}: {dict(summary.skipped)}")
     _write_card(name, output, card_configs, summary)
+    shutil.rmtree(work)
     return summary
 
 
-def _write_paths(builder: datasets.GeneratorBasedBuilder, folder: Path, num_proc: int) -> None:
-    # A builder's own Parquet writer embeds every image it has a path of; that of a finished dataset leaves them out.
-    builder.download_and_prepare(num_proc=num_proc)
-    folder.mkdir(parents=True)
-    for split in builder.info.splits:
-        rows = builder.as_dataset(split)
-        rows.to_parquet(folder / f"{builder.name}-{split}-00000-of-00001.parquet", batch_size=1000)
+@dataclass(frozen=True)
+class Shard:
+    path: Path
+    split: str
+    items: list[Any]
+
+    @property
+    def done(self) -> Path:
+        """Written last: what the shard holds."""
+        return self.path.parent.parent / WORK / f"{self.path.parent.name}-{self.path.stem}.json"
+
+
+def _shards(folder: Path, splits: dict[str, list[Any]]) -> list[Shard]:
+    shards = []
+    for split, items in splits.items():
+        count = -(-len(items) // ITEMS_PER_SHARD)
+        for number in range(count):
+            path = folder / f"{split}-{number:05d}-of-{count:05d}.parquet"
+            shards.append(Shard(path, split, items[number * ITEMS_PER_SHARD : (number + 1) * ITEMS_PER_SHARD]))
+    return shards
+
+
+def write_shard(builder: UscdfBuilder, shard: Shard) -> None:
+    """Rows of the shard's items as Parquet, with a report beside it; either file is whole or not there."""
+    shard.path.parent.mkdir(parents=True, exist_ok=True)
+    partial = shard.path.with_suffix(f".{os.getpid()}.partial")
+    builder.skipped = Counter()
+    rows = masks = 0
+    embed = builder.config.images == "embed"
+    with ParquetWriter(features=FEATURES, path=str(partial), writer_batch_size=1000, embed_local_files=embed) as writer:
+        for item in shard.items:
+            for row in builder.usable_rows(item):
+                writer.write(row)
+                rows, masks = rows + 1, masks + len(row["masks"])
+        if rows:
+            writer.finalize()
+    if rows:
+        partial.replace(shard.path)
+    else:  # every item of it was skipped
+        partial.unlink(missing_ok=True)
+    report = {"rows": rows, "masks": masks, "skipped": builder.skipped}
+    partial.write_text(json.dumps(report, sort_keys=True))
+    partial.replace(shard.done)
+
+
+def _workers(num_proc: int | None) -> ProcessPoolExecutor:
+    # Forked where the system can: the workers are plain readers and writers, and spawning would import torch in each.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    return ProcessPoolExecutor(num_proc or os.cpu_count() or 1, mp_context=multiprocessing.get_context(method))
+
+
+def _begin(output: Path, plan: dict[str, Any]) -> Path:
+    """The folder of what is needed to go on; raises if `output` is something else."""
+    work, text = output / WORK, json.dumps(plan, indent=1)
+    if (work / "plan.json").is_file():
+        begun = json.loads((work / "plan.json").read_text())
+        differing = [f"{key} {begun.get(key)!r} instead of {plan[key]!r}" for key in plan if begun.get(key) != plan[key]]
+        if differing:
+            raise ValueError(f"{output} was begun with {', '.join(differing)}: use the same options, or delete it")
+        return work
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty; delete it or choose another output folder")
+    work.mkdir(parents=True)
+    (work / "plan.partial").write_text(text)
+    (work / "plan.partial").replace(work / "plan.json")
+    return work
 
 
 def _write_card(name: str, output: Path, configs: list[dict], summary: Summary) -> None:
     data = DatasetCardData(configs=configs, tags=["uscdf", "image-segmentation-captioning"], pretty_name=name)
-    output.mkdir(parents=True, exist_ok=True)
     card = DatasetCard(f"---\n{data.to_yaml()}\n---\n\n# {name}: USCDF rows\n\n```\n{summary}\n```\n")
     card.save(output / "README.md")

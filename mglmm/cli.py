@@ -93,16 +93,16 @@ def prepare(
     variants: Annotated[int, typer.Option(min=1, help="How often each training image is worded anew.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of all choices.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first images of each split.")] = None,
-    num_proc: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+    num_proc: Annotated[int | None, typer.Option(min=1, help="Number of processes; one a core by default.")] = None,
+    answers: Annotated[
+        Literal["uscdf", "plain"], typer.Option("--format", help="'plain' leaves the phrases out of the answers.")
+    ] = "uscdf",
 ) -> None:
     """Turn a dataset into USCDF Parquet files that load_dataset opens."""
     from .datasets_scripts.prepare import prepare as prepare_dataset
 
-    print(
-        prepare_dataset(
-            name, data_dir, output, images=images, variants=variants, seed=seed, limit=limit, num_proc=num_proc
-        )
-    )
+    options = {"variants": variants, "seed": seed, "limit": limit, "num_proc": num_proc}
+    print(prepare_dataset(name, data_dir, output, images=images, answers=answers, **options))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

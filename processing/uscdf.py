@@ -28,6 +28,7 @@ Piece = tuple[str, bool]
 """A piece of model output: its text, and whether it is a control token (a model may also spell "[SEG]" literally)."""
 
 _TAG = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
+_PHRASE = re.compile(rf"{re.escape(PHRASE_START)}[^<]*{re.escape(PHRASE_END)}\s*(?={re.escape(SEG_TOKEN)})")
 _OPENING = frozenset("([{“‘«（【「『")
 _CLOSING = frozenset(".,;:!?)]}”’»…、。，；：！？）】」』")
 
@@ -176,6 +177,11 @@ def escape_control_tokens(text: str, tokens: Iterable[str]) -> str:
     while pattern.search(text):
         text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
     return text
+
+
+def drop_phrases(answer: str) -> str:
+    """Leave the phrases out and keep the masks: `"Sure, <p> the hat </p> [SEG]."` becomes `"Sure, [SEG]."`."""
+    return _PHRASE.sub("", answer)
 
 
 def count_seg(messages: Iterable[Mapping[str, str]]) -> int:

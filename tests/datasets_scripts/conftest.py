@@ -1,10 +1,17 @@
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from mglmm.datasets_scripts.builder import make_row
+from mglmm.datasets_scripts.hierarchical_coco import HierarchicalCoco
+from mglmm.datasets_scripts.scene import AbsentLabels, read_scene
+from mglmm.datasets_scripts.scene_builder import benchmark_turns, training_turns
 from mglmm.processing.rle import encode_mask
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "photos"
@@ -15,6 +22,23 @@ def box_rle(size: tuple[int, int], box: tuple[int, int, int, int]) -> dict:
     mask = np.zeros(size, dtype=bool)
     mask[box[1] : box[3], box[0] : box[2]] = True
     return encode_mask(mask)
+
+
+def scene_rows(image, annotations, *, vocabulary, seed: int = 0, variants: int = 1, benchmark: bool = False) -> list[dict]:
+    """The rows of one record, without the columns `image` and `ignore_mask`."""
+    scene = read_scene(image, annotations)
+    absent = AbsentLabels(scene, vocabulary)
+
+    def generator(*key: object) -> random.Random:
+        return random.Random("/".join(map(str, (seed, image["source"], image["file_name"], *key))))
+
+    if benchmark:
+        tasks = benchmark_turns(scene, absent, generator)
+    else:
+        tasks = training_turns(scene, absent, generator, variants)
+    size = image["height"], image["width"]
+    rows = [make_row(Path("x"), image["id"], image["source"], task, turns, size=size) for task, turns in tasks]
+    return [{key: row[key] for key in row if key not in ("image", "size", "ignore_mask")} for row in rows]
 
 
 def annotation(number: int, image: int, label: str, level: str, parent: int | None, size, box) -> dict:
@@ -74,6 +98,16 @@ def tiny_dataset(tmp_path: Path, tiny_content: dict) -> Path:
         PIL.Image.new("RGB", (60, 40), (90, 120, 30)).save(folder / "images" / image["file_name"])
     (folder / "annotations.json").write_text(json.dumps(tiny_content))
     return folder
+
+
+@pytest.fixture
+def hierarchical(tmp_path: Path) -> Callable[..., HierarchicalCoco]:
+    """The builder of a data folder."""
+
+    def build(data_dir: Path, **options: Any) -> HierarchicalCoco:
+        return HierarchicalCoco(cache_dir=str(tmp_path / "cache"), data_dir=str(data_dir), **options)
+
+    return build
 
 
 @pytest.fixture(scope="session")

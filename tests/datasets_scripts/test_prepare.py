@@ -1,12 +1,14 @@
+import json
 from pathlib import Path
 
 import datasets
 import pytest
 
 from mglmm.datasets_scripts.features import FEATURES
-from mglmm.datasets_scripts.hierarchical_coco import HierarchicalCoco, image_rows, read_records
+from mglmm.datasets_scripts.hierarchical_coco import HierarchicalCoco
 from mglmm.datasets_scripts.prepare import prepare
 from mglmm.datasets_scripts.scene import count_labels
+from tests.datasets_scripts.conftest import scene_rows
 
 
 def load(output: Path, config: str, split: str, tmp_path: Path) -> datasets.Dataset:
@@ -17,18 +19,24 @@ def load(output: Path, config: str, split: str, tmp_path: Path) -> datasets.Data
 def test_what_is_prepared_loads_without_code(tiny_dataset: Path, tmp_path: Path, images: str) -> None:
     output = tmp_path / "out"
     summary = prepare("photos", tiny_dataset, output, images=images, variants=2, seed=3)
-    records, _ = read_records(tiny_dataset)
-    vocabulary = count_labels(records["train"])
+    content = json.loads((tiny_dataset / "annotations.json").read_text())
+    records = [
+        (image, [item for item in content["annotations"] if item["image_id"] == image["id"]])
+        for image in content["images"]
+        if image["split"] == "train"
+    ]
+    vocabulary = count_labels(records)
     expected = [
         row
-        for image, annotations in records["train"]
-        for row in image_rows(image, annotations, vocabulary=vocabulary, seed=3, variants=2)
+        for image, annotations in records
+        for row in scene_rows(image, annotations, vocabulary=vocabulary, seed=3, variants=2)
     ]
 
     assert datasets.get_dataset_config_names(str(output)) == ["default", "benchmark"]
     train = load(output, "default", "train", tmp_path)
     assert train.features == FEATURES
-    assert train.remove_columns("image").to_list() == expected
+    assert train.remove_columns(["image", "ignore_mask"]).to_list() == expected
+    assert set(train["ignore_mask"]) == {None}
     assert train[0]["image"].size == (60, 40)
     raw = train.cast_column("image", datasets.Image(decode=False))[0]["image"]
     file = tiny_dataset / "images" / "person.jpg"
@@ -86,5 +94,5 @@ def test_unknown_names_and_unusable_data_are_refused(tiny_dataset: Path, tmp_pat
         prepare("pictures", tiny_dataset, tmp_path / "out")
     for image in (tiny_dataset / "images").iterdir():
         image.unlink()
-    with pytest.raises(ValueError, match="no usable image"):
+    with pytest.raises(ValueError, match="no usable item"):
         prepare("photos", tiny_dataset, tmp_path / "out")
