@@ -179,7 +179,9 @@ def _begin(output: Path, plan: dict[str, Any]) -> Path:
     work, text = output / WORK, json.dumps(plan, indent=1)
     if (work / "plan.json").is_file():
         begun = json.loads((work / "plan.json").read_text())
-        differing = [f"{key} {begun.get(key)!r} instead of {plan[key]!r}" for key in plan if begun.get(key) != plan[key]]
+        differing = [
+            f"{key} {begun.get(key)!r} instead of {plan[key]!r}" for key in plan if begun.get(key) != plan[key]
+        ]
         if differing:
             raise ValueError(f"{output} was begun with {', '.join(differing)}: use the same options, or delete it")
         return work

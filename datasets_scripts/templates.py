@@ -298,6 +298,135 @@ CAPTION_ANSWERS: tuple[str, ...] = (
 )
 
 
+# {x} is a referring expression as its annotator typed it ("left guy in red"), hence quoted or set off.
+EXPRESSION_QUESTIONS: tuple[str, ...] = (
+    "Segment this: {x}.",
+    "Please segment: {x}.",
+    "Please segment what fits this description: {x}.",
+    'Segment "{x}".',
+    'Please segment "{x}" in this image.',
+    'Can you segment "{x}" in this photo?',
+    'Mark "{x}" in the picture.',
+    "Mark the pixels that belong to this: {x}.",
+    'Show me "{x}".',
+    "Show me with a mask: {x}.",
+    'Highlight "{x}".',
+    "I need a mask of this: {x}.",
+    'Give me a mask of "{x}".',
+    'Return the mask of "{x}".',
+    "Cut this out: {x}.",
+    "Select the following: {x}.",
+    'Find "{x}" in the image.',
+    "Find this and answer with a mask: {x}.",
+    'Locate "{x}" in this picture.',
+    'Where can I see "{x}"? Reply with a mask.',
+    'Which pixels show "{x}"?',
+    'Which region of the image is meant by "{x}"?',
+    'Separate "{x}" from the rest of the picture.',
+    'Trace the outline of "{x}".',
+    'Draw a mask over "{x}".',
+    "Outline what I describe: {x}.",
+    'Help me find "{x}" in this image.',
+    "I am looking for this: {x}.",
+    *BARE_QUESTIONS,
+)
+SEVERAL_EXPRESSIONS_QUESTIONS: tuple[str, ...] = (
+    "Segment each of these: {x}.",
+    "Please segment the following: {x}.",
+    "Please segment what fits these descriptions: {x}.",
+    "Give one mask each for {x}.",
+    "Mark {x}, each with its own mask.",
+    "Show me the following with separate masks: {x}.",
+    "I need one mask for each of these: {x}.",
+    "Find these in the picture: {x}.",
+    "Highlight these, one by one: {x}.",
+    "Return the masks of {x}.",
+    "Locate the following in this photo: {x}.",
+    "Draw a mask over each of these: {x}.",
+    "Cut these out separately: {x}.",
+    "I am looking for several things: {x}.",
+    "Help me find these: {x}.",
+    "Select {x}.",
+)
+# {y} are such expressions, quoted.
+ABSENT_EXPRESSION_ANSWERS: tuple[str, ...] = (
+    "Sorry, I cannot find {y} in this picture.",
+    "Sorry, nothing in the image fits {y}.",
+    "I see nothing here that could be meant by {y}.",
+    "I looked for {y}, but without success.",
+    "There is no match for {y} in this photo.",
+    "I am afraid {y} does not appear in the picture.",
+    "As far as I can see, {y} is not in this image.",
+    "Sorry, I could not find {y} anywhere in the photo.",
+)
+REASONING_TAILS: tuple[str, ...] = (
+    "{s} Show me the mask.",
+    "{s} Answer with a mask.",
+    "{s} Mark it in the image.",
+    "{s} Please segment it.",
+    "{s} Reply with a segmentation mask.",
+    "{s} Outline it, please.",
+    "{s} Highlight it in the picture.",
+    "{s} I need its mask.",
+)
+EXPLAIN_TAILS: tuple[str, ...] = (
+    "{s} Show the mask and tell me why.",
+    "{s} Mark it and justify your choice.",
+    "{s} Return the mask with a short reason.",
+    "{s} Segment it and explain your answer.",
+    "{s} Answer with a mask and give your reasons.",
+    "{s} Outline it, and say how you know.",
+)
+EXPLANATION_QUESTIONS: tuple[str, ...] = (
+    "{s} Explain in words only.",
+    "{s} Answer in words, without a mask.",
+    "{s} Please explain.",
+    "{s} No mask needed, just tell me.",
+)
+GROUNDED_CAPTION_QUESTIONS: tuple[str, ...] = (
+    "Describe the picture in detail and put a mask after each thing you name.",
+    "Write a rich caption; ground every phrase with a mask.",
+    "Explain this photo and attach masks to the phrases.",
+    "Describe the image and mark everything you mention.",
+    "What is happening in this picture? Segment what you mention.",
+    "Tell me about this image, with masks interleaved in the text.",
+    "Caption the photo and ground the caption with masks.",
+    "Could you describe this scene with a mask for each phrase?",
+    "Give a description of the picture in which every object carries its mask.",
+    "Please describe the whole image and ground each phrase with a mask.",
+    "Write a grounded caption for this image.",
+    "What does this photograph show? Put masks behind the phrases.",
+)
+REGION_QUESTIONS: tuple[str, ...] = (
+    "What is inside <region>?",
+    "Say more about the area <region>.",
+    "Describe the thing marked by <region>.",
+    "Describe <region>.",
+    "What can you see in <region>?",
+    "Give a short description of <region>.",
+    "Tell me what <region> shows.",
+    "Which object is in <region>?",
+    "Write a caption for the region <region>.",
+    "What does the box <region> contain?",
+    "Please describe the part of the picture at <region>.",
+    "Look at <region>. What is it?",
+    "I am interested in <region>. What is there?",
+    "Name what is at <region>.",
+    "Can you describe the content of <region>?",
+    "Sum up what <region> shows.",
+)
+REGIONS_QUESTIONS: tuple[str, ...] = (
+    "Describe the picture with a look at {x}.",
+    "What is going on between {x}?",
+    "Write one sentence about {x}.",
+    "Describe what you see in {x} together.",
+    "How do {x} belong together?",
+    "Summarise what {x} show.",
+    "Look at {x} and describe the scene.",
+    "Caption the image; mention what is in {x}.",
+)
+
+
 def choose(rng: random.Random, templates: tuple[str, ...], *, first: float = 0.0) -> str:
     """One of the templates; with probability `first` the first of them, else any."""
     return templates[0] if rng.random() < first else rng.choice(templates)

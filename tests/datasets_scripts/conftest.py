@@ -24,7 +24,9 @@ def box_rle(size: tuple[int, int], box: tuple[int, int, int, int]) -> dict:
     return encode_mask(mask)
 
 
-def scene_rows(image, annotations, *, vocabulary, seed: int = 0, variants: int = 1, benchmark: bool = False) -> list[dict]:
+def scene_rows(
+    image, annotations, *, vocabulary, seed: int = 0, variants: int = 1, benchmark: bool = False
+) -> list[dict]:
     """The rows of one record, without the columns `image` and `ignore_mask`."""
     scene = read_scene(image, annotations)
     absent = AbsentLabels(scene, vocabulary)

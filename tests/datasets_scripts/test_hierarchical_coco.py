@@ -257,7 +257,10 @@ def test_a_broken_annotation_skips_its_image_only(
         ({"file_name": "/etc/hostname"}, "image file name leads out of the data folder"),
         ({"file_name": "gone.jpg"}, "image file is missing"),
         ({"width": 61}, "image size differs from its annotation"),
-        ({"width": 40, "height": 60}, "image is EXIF-rotated and its annotation is not: apply the rotation to one of them"),
+        (
+            {"width": 40, "height": 60},
+            "image is EXIF-rotated and its annotation is not: apply the rotation to one of them",
+        ),
         ({"split": "test"}, "split 'test' is none of train, val"),
     ],
 )

@@ -173,6 +173,8 @@ def test_the_word_loss_looks_under_the_mask_and_tells_phrases_apart():
     agreeing = word_loss(tokens, words, torch.stack([left, right, left]))
     assert agreeing.item() == pytest.approx(0.0, abs=1e-5)
     swapped = word_loss(tokens, words, torch.stack([right, left, right]))
-    assert swapped.item() == pytest.approx(2.0 + 1 / 0.07, rel=1e-4)  # squared distance 2 of power 1; cosine 0 against 1
+    assert swapped.item() == pytest.approx(
+        2.0 + 1 / 0.07, rel=1e-4
+    )  # squared distance 2 of power 1; cosine 0 against 1
     half = word_loss(tokens, words, torch.ones(3, 4, 4, dtype=torch.bool))  # both columns: half way, and undecided
     assert half.item() == pytest.approx(0.5 + torch.tensor(2.0).log().item(), rel=1e-4)
