@@ -106,15 +106,14 @@ def grounded(caption: str, spans: Iterable[Span]) -> tuple[str, tuple[Rle, ...]]
     """
     A caption with `<p> span </p> [SEG]` for each span, and the masks in that order.
 
-    Spans are trimmed of blanks and outer punctuation; of overlapping ones the longest stays; those that are empty or lie
+    Spans are trimmed of white space and outer punctuation; of overlapping ones the longest stays; those that are empty or lie
     outside the caption are dropped with their masks. Control tokens in the caption are broken up.
     """
     chosen: list[Span] = []
     for span in sorted(spans, key=lambda s: (s.start - s.end, s.start)):
         start, end = max(span.start, 0), min(span.end, len(caption))
-        text = caption[start:end]
-        start += len(text) - len(text.lstrip(" ,.;:\"'"))
-        end -= len(text) - len(text.rstrip(" ,.;:\"'"))
+        words = re.search(r"[^\s,.;:\"'](.*[^\s,.;:\"'])?", caption[start:end], re.DOTALL)
+        start, end = (start + words.start(), start + words.end()) if words else (end, end)
         if start < end and all(end <= other.start or start >= other.end for other in chosen):
             chosen.append(Span(start, end, span.mask))
     chosen.sort(key=lambda span: span.start)

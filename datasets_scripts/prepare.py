@@ -119,6 +119,8 @@ def prepare(
         if rows == 0:
             raise ValueError(f"no usable item in {config} {split} of {data_dir}: {dict(summary.skipped)}")
     _write_card(name, output, card_configs, summary)
+    for leftover in output.glob("*/*.partial"):  # of processes that were killed
+        leftover.unlink()
     shutil.rmtree(work)
     return summary
 

@@ -109,7 +109,7 @@ class _DataUnpickler(pickle.Unpickler):
 
 def load_pickle(path: Path) -> Any:
     """
-    A pickle of plain data: dict, list, tuple, set, str, bytes, numbers. Nothing in it is executed.
+    A pickle of plain data: dict, list, tuple, str, numbers, booleans, None. Nothing in it is executed.
 
     Raises `ValueError` if it is broken, names a class or function, or is larger than `MAX_PICKLE_BYTES`.
     """

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from mglmm.modeling_mglmm.mask_losses import IGNORE_VALUE
 from mglmm.processing import MglmmProcessor
 from mglmm.processing.rle import decode_mask
 from mglmm.processing.uscdf import IMAGE_TOKEN
@@ -27,6 +29,16 @@ def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         content.append({"type": "text", "text": text})
         conversation.append({"role": message["role"], "content": content})
     return conversation
+
+
+def masks_of(row: dict[str, Any]) -> list[np.ndarray]:
+    """Masks of a USCDF row, `(H, W)` in {0, 1, 255 where nobody labelled}."""
+    masks = [decode_mask(mask).astype(np.uint8) for mask in row["masks"]]
+    if masks and row.get("ignore_mask") is not None:
+        ignored = decode_mask(row["ignore_mask"])
+        for mask in masks:
+            mask[ignored] = IGNORE_VALUE
+    return masks
 
 
 @dataclass
@@ -71,8 +83,6 @@ class MglmmDataCollator:
             images = [part["image"] for part in parts if part["type"] == "image"]
             if images:
                 batch["image_features"] = self.feature_cache.load(images)
-        labels = [
-            self.processor.mask_labels([decode_mask(mask) for mask in row["masks"]], self.mask_size) for row in rows
-        ]
+        labels = [self.processor.mask_labels(masks_of(row), self.mask_size) for row in rows]
         batch["mask_labels"] = torch.cat(labels)
         return batch

@@ -27,9 +27,9 @@ from mglmm.modeling_mglmm import MglmmForConditionalGeneration, MglmmImageFeatur
 from mglmm.modeling_mglmm.mask_losses import mask_losses
 from mglmm.modeling_mglmm.seg_states import gather_seg_states
 from mglmm.processing import MglmmProcessor
-from mglmm.processing.rle import decode_mask
 from mglmm.processing.uscdf import parse, render_phrase
 
+from .data_collator import masks_of
 from .feature_cache import FeatureCache
 from .mglmm_trainer import UNTRAINED
 
@@ -124,13 +124,13 @@ class MaskWarmupCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         phrases, labels, index = [], [], []
         for i, row in enumerate(rows):
-            pairs = list(zip(phrases_of(row["messages"]), row["masks"], strict=True))
+            pairs = list(zip(phrases_of(row["messages"]), masks_of(row), strict=True))
             chosen = torch.randperm(len(pairs))[
                 : self.masks_per_image
             ]  # torch's generator differs from worker to worker
             pairs = [pairs[k] for k in chosen.tolist()]
             phrases += [phrase for phrase, _ in pairs]
-            labels.append(self.processor.mask_labels([decode_mask(mask) for _, mask in pairs], self.mask_size))
+            labels.append(self.processor.mask_labels([mask for _, mask in pairs], self.mask_size))
             index += [i] * len(pairs)
         return {
             "image_features": self.feature_cache.load([row["image"] for row in rows]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
@@ -75,10 +74,7 @@ class MglmmTrainer(Trainer):
         return num_tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training:
-            # Logits of supervised positions only: with a vocabulary of 50,000 the others cost more than the language model.
-            supervised = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:] != -100
-            inputs = {**inputs, "num_masks_in_batch": self._num_masks, "logits_to_keep": supervised}
+        inputs = {**inputs, "num_masks_in_batch": self._num_masks if model.training else None}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             parts = torch.stack([outputs[name].detach().float() for name in LOSS_PARTS])

@@ -1,9 +1,13 @@
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 
+from mglmm.datasets_scripts import prepare as prepare_module
 from mglmm.datasets_scripts.features import FEATURES
 from mglmm.datasets_scripts.hierarchical_coco import HierarchicalCoco
 from mglmm.datasets_scripts.prepare import prepare
@@ -80,6 +84,49 @@ def test_processes_do_not_change_the_rows(tiny_dataset: Path, tmp_path: Path) ->
 def test_the_builder_streams_without_preparation(tiny_dataset: Path, tmp_path: Path) -> None:
     builder = HierarchicalCoco(config_name="benchmark", data_dir=str(tiny_dataset), cache_dir=str(tmp_path / "cache"))
     assert next(iter(builder.as_streaming_dataset("validation")))["task"] == "object"
+
+
+KILLED = """
+import os, signal, sys
+from mglmm.datasets_scripts import prepare as module
+
+write_shard = module.write_shard
+
+def dying(builder, shard):
+    if shard.path.name == sys.argv[3]:
+        shard.path.parent.mkdir(parents=True, exist_ok=True)
+        shard.path.with_suffix(".1.partial").write_bytes(b"half a shard")
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_shard(builder, shard)
+
+module.write_shard = dying
+module.ITEMS_PER_SHARD = 1
+module.prepare("photos", sys.argv[1], sys.argv[2], num_proc=1)
+"""
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tiny_dataset: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(prepare_module, "ITEMS_PER_SHARD", 1)
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(tiny_dataset), str(output), "train-00002-of-00003.parquet"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    first = output / "default" / "train-00000-of-00003.parquet"
+    begun = first.stat().st_mtime_ns
+    with pytest.raises(ValueError, match="begun with seed 0 instead of 1"):
+        prepare("photos", tiny_dataset, output, seed=1)
+
+    summary = prepare("photos", tiny_dataset, output)
+    assert first.stat().st_mtime_ns == begun  # a finished shard is not made again
+    whole = prepare("photos", tiny_dataset, tmp_path / "whole")
+    assert (summary.rows, summary.masks, summary.skipped) == (whole.rows, whole.masks, whole.skipped)
+    one, other = files_of(output), files_of(tmp_path / "whole")
+    del one["README.md"], other["README.md"]  # the summary in it names the folder
+    assert one == other and len(one) == 5
 
 
 def test_an_output_in_use_is_left_alone(tiny_dataset: Path, tmp_path: Path) -> None:

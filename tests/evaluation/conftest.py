@@ -38,6 +38,7 @@ def row(source: str, image_id: str, task: str, question: str, answer: str, *span
         ],
         "masks": [encode_mask(columns(size, *span)) for span in spans],
         "regions": [],
+        "ignore_mask": None,
     }
 
 
