@@ -12,6 +12,7 @@ from mglmm.processing.uscdf import (
     Mention,
     ParsedAnswer,
     count_seg,
+    drop_phrases,
     escape_control_tokens,
     is_well_formed,
     parse,
@@ -340,3 +341,17 @@ def changed(index, content):
 def test_invalid_rows(row, image_size, message):
     with pytest.raises(ValueError, match=message):
         validate_row(row, image_size)
+
+
+@pytest.mark.parametrize(
+    "answer, plain",
+    [
+        ("Sure, <p> the hat </p> [SEG].", "Sure, [SEG]."),
+        ("Sure, <p> a </p> [SEG], <p> b </p> [SEG] and <p> c </p> [SEG].", "Sure, [SEG], [SEG] and [SEG]."),
+        ("Sorry, there is no hat.", "Sorry, there is no hat."),  # nothing to leave out
+    ],
+)
+def test_drop_phrases_keeps_every_mask(answer, plain):
+    assert drop_phrases(answer) == plain
+    messages = [[{"role": "assistant", "content": text}] for text in (answer, plain)]
+    assert count_seg(messages[0]) == count_seg(messages[1])

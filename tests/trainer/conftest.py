@@ -55,6 +55,7 @@ def uscdf_row(seed: int, task: str, *turns: tuple[str, ...]) -> dict[str, Any]:
         "messages": messages,
         "masks": [encode_mask(box_mask(name)) for names in turns for name in names],
         "regions": [],
+        "ignore_mask": None,
     }
 
 

@@ -1,9 +1,11 @@
 """Batches of the collator: what is supervised, how masks and `[SEG]`s pair up, and features in place of pixels."""
 
+import numpy as np
 import pytest
 import torch
 
-from mglmm.trainer.data_collator import MglmmDataCollator, conversation_of
+from mglmm.processing.rle import encode_mask
+from mglmm.trainer.data_collator import MglmmDataCollator, conversation_of, masks_of
 from mglmm.trainer.feature_cache import FeatureCache
 from tests.trainer.conftest import BOXES, SIZE, box_mask, uscdf_row
 
@@ -41,6 +43,19 @@ def test_every_seg_has_its_mask_in_order(tiny, rows):
     expected = torch.cat([tiny.processor.mask_labels([box_mask(name)], 16) for name in names])
     assert torch.equal(batch["mask_labels"], expected)
     assert set(batch["mask_labels"].unique().tolist()) == {0, 1, 255}
+
+
+def test_pixels_that_nobody_labelled_are_ignored_by_the_losses(tiny, rows):
+    ignored = np.zeros(SIZE, dtype=bool)
+    ignored[:, 20:] = True  # the right part of the hat, which spans x = 5 to 25, and of the dog
+    row = {**rows[0], "ignore_mask": encode_mask(ignored)}
+    hat, dog = masks_of(row)
+    assert hat.shape == SIZE and (hat[:, 20:] == 255).all() and (dog[:, 20:] == 255).all()
+    assert np.array_equal(hat[:, :20], box_mask("the hat")[:, :20])
+    labels = MglmmDataCollator(tiny.processor, mask_size=16)([row])["mask_labels"]
+    assert torch.equal(labels, tiny.processor.mask_labels([hat, dog], 16))
+    # The picture is 16 columns wide in the labels, so nothing from column 5 1/3 on counts.
+    assert (labels[:, :, 6:] == 255).all() and (labels[0, :, :5] != 255).any()
 
 
 def test_rows_are_padded_on_the_right(tiny, rows):
