@@ -17,10 +17,8 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -29,14 +27,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from tables import README, in_own_process, markdown_table, write_tables
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel, SamModel
 
 import mglmm
 from mglmm import MglmmConfig, MglmmForConditionalGeneration
 from mglmm.small.checkpoint import assemble
 
-README = Path(__file__).with_name("README.md")
-MARKERS = "<!-- tables of inference.py -->\n", "<!-- end of the tables -->\n"
 SMALL, MID_SIZE = "mglmm-small", "mid-size"
 BATCH_SIZES = (1, 8)
 TEXT_TOKENS = 44  # of a prompt, beside the image tokens
@@ -310,18 +307,7 @@ def run_case(case: Case) -> Figures:
     return measure(model, random_inputs(model, case.batch_size), case.repeats)
 
 
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    # Spawned, not forked, from a parent that never holds a model: a child's peak starts at its parent's size.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 # ---------------------------------------------------------------------- tables
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
 
 
 def render(results: dict[Case, Figures], notes: Sequence[str], command: str, threads: int, repeats: int) -> str:
@@ -364,16 +350,6 @@ def render(results: dict[Case, Figures], notes: Sequence[str], command: str, thr
     return "\n".join(lines)
 
 
-def write_tables(readme: Path, tables: str) -> None:
-    """Raises `ValueError` if the file lacks the two markers."""
-    text = readme.read_text(encoding="utf-8")
-    before, start, rest = text.partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    if not start or not end:
-        raise ValueError(f"{readme} lacks the lines between which the tables go: {MARKERS[0]!r} and {MARKERS[1]!r}")
-    readme.write_text(f"{before}{start}\n{tables}\n{end}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--small", type=Path, metavar="FOLDER", help="the small checkpoint (default: assemble it)")
@@ -406,7 +382,7 @@ def main() -> None:
     command = f"python benchmarks/inference.py --repeats {args.repeats} --threads {args.threads}"
     tables = render(results, notes, command, args.threads, args.repeats)
     print(f"\n{tables}")
-    write_tables(args.readme, tables)
+    write_tables(args.readme, Path(__file__).name, tables)
     print(f"written to {os.path.relpath(args.readme)}")
 
 

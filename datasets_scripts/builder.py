@@ -55,6 +55,7 @@ class UscdfBuilder(datasets.GeneratorBasedBuilder):
     DEFAULT_WRITER_BATCH_SIZE = 1000
     SOURCE: str = ""  # the value of the rows' `source` column
     LICENSE: str = "unknown"  # of the annotations and images, for the card
+    ROWS_PER_ITEM: int = 4  # about, of one variant
 
     def items(self) -> dict[str, Sequence[Any]]:
         """Split -> its items: small keys that pickle, such as image ids or file names."""
@@ -75,6 +76,10 @@ class UscdfBuilder(datasets.GeneratorBasedBuilder):
     @property
     def data_dir(self) -> Path:
         return Path(self.config.data_dir).resolve()
+
+    def items_per_shard(self, rows: int) -> int:
+        """How many items make about so many rows."""
+        return max(1, rows // (self.ROWS_PER_ITEM * self.config.variants))
 
     def tables(self, path: Path, **tables: tuple[str, str]) -> JsonTables:
         """A large JSON file as `JsonTables` in this builder's cache."""

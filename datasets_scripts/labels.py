@@ -30,11 +30,12 @@ TABLE: dict[str, tuple[str, Kind]] = {
 # Nouns that are plural in themselves: no article, "are".
 PLURAL = frozenset(
     "shoes pants trousers jeans sunglasses glasses boots sandals heels sneakers trainers loafers pumps flats wedges "
-    "leggings stockings tights socks shorts gloves earrings accessories skis scissors stairs".split()
-) | {"high heels", "metal shutters", "spectacles"}
+    "leggings stockings tights socks shorts gloves earrings accessories skis scissors stairs clouds leaves clothes".split()
+) | {"high heels", "metal shutters", "spectacles", "water drops"}
 # Nouns that cannot be counted: no article, "is".
 MASS = frozenset(
-    "hair skin grass snow sand water gravel dirt food paper cardboard broccoli fruit pavement housing".split()
+    "hair skin grass snow sand water gravel dirt food paper cardboard broccoli fruit pavement housing wood metal plastic "
+    "cloth textile furniture fog moss mud straw salad signage vegetation terrain stone".split()
 )
 # Things of which a scene has one: always "the".
 UNIQUE = frozenset({"sky", "sea", "ground", "floor", "ceiling"})
@@ -135,6 +136,33 @@ CONFUSABLE: tuple[frozenset[str], ...] = tuple(
         "food, pizza, sandwich, hot dog, cake, donut, carrot, broccoli, apple, orange, banana, fruit",
         "bear, teddy bear, dog, cat, sheep, horse",
         "container, trash can, suitcase, toilet",
+        # Classes of ADE20K, COCO-Stuff and Mapillary Vistas.
+        "chair, armchair, swivel chair, seat, stool, ottoman, bench, sofa, couch",
+        "stairs, stairway, step, escalator",
+        "painting, poster, bulletin board, picture",
+        "monitor, crt screen, projection screen, tv, computer, laptop",
+        "house, building, skyscraper, hut, tower, booth",
+        "sea, water, river, lake, waterfall, swimming pool",
+        "ground, land, field, grass, dirt track, path, sand, dirt, mud, terrain",
+        "plant, palm tree, tree, trees, flowers, bush, branch, leaves, vegetation, moss, potted plant",
+        "light, lamp, sconce, chandelier, streetlight, street light",
+        "pole, column, pedestal, utility pole",
+        "railing, bannister, fence, guard rail",
+        "hill, mountain, rocks, stone",
+        "boat, ship",
+        "cabinet, cupboard, wardrobe, chest of drawers, sideboard, shelf, bookcase, furniture",
+        "rug, carpet, mat",
+        "cloth, clothes, textile, towel, blanket, napkin",
+        "sky, clouds, fog",
+        "table, coffee table, desk, dining table, counter, countertop, kitchen island",
+        "wood, metal, plastic, paper, cardboard",
+        "food, salad, vegetable, fruit",
+        "box, basket, barrel, tray",
+        "cushion, pillow",
+        "street sign, stop sign, signboard, traffic sign, signage",
+        "concrete wall, panelled wall, wall, brick wall, stone wall, tiled wall, wooden wall",
+        "marble floor, stone floor, tiled floor, wooden floor, floor",
+        "tiled ceiling, ceiling",
     )
 )
 

@@ -37,10 +37,29 @@ class Span:
     mask: Rle
 
 
+def unquote(text: str) -> str:
+    """The text without blanks and quotes around it; the quotes of a quotation in it stay, at its ends too."""
+    inner = text.strip().strip('"').strip()
+    return text.strip() if '"' in inner else inner
+
+
 def clean(text: str) -> str:
     """An annotator's text without control tokens, with single blanks, and without blanks or quotes around it."""
-    text = escape_control_tokens(text, (*CONTROL_TOKENS, REGION_TOKEN))
-    return re.sub(r"\s+", " ", text).strip().strip('"').strip()
+    return unquote(re.sub(r"\s+", " ", _escaped(text)))
+
+
+def clean_lines(text: str) -> str:
+    """A text of several lines without control tokens, blanks at line ends, and more than one empty line in a row."""
+    text = "\n".join(line.rstrip() for line in _escaped(text).splitlines())
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def clean_caption(text: str) -> str:
+    """The same as `clean` for a caption, which raises if nothing is left."""
+    caption = clean(text)
+    if not caption:
+        raise ValueError("empty caption")
+    return caption
 
 
 def clean_phrase(text: str) -> str:

@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets.arrow_writer import ParquetWriter
-from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm import tqdm
 
 from .builder import UscdfBuilder
+from .families import BUILDERS
 from .features import FEATURES
-from .hierarchical_coco import HierarchicalCoco
 
-BUILDERS: dict[str, type[UscdfBuilder]] = {"photos": HierarchicalCoco}
-ITEMS_PER_SHARD = 500  # few enough that a killed run loses little, and that an embedded shard stays below 500 MB
+ROWS_PER_SHARD = 2000  # about: few enough that a killed run loses little, and that embedded images stay below 500 MB
 WORK = ".progress"  # in the output folder while it is being written
 
 
@@ -92,11 +90,11 @@ def prepare(
         config: BUILDERS[name](cache_dir=str(work), config_name=config, data_dir=str(data_dir), **options)
         for config in BUILDERS[name].builder_configs
     }
-    summary, card_configs = Summary(output), []
+    summary = Summary(output)
     with _workers(num_proc) as pool:
         for config, builder in builders.items():
             splits = builder.split_items()
-            shards = _shards(output / config, splits)
+            shards = _shards(output / config, splits, builder.items_per_shard(ROWS_PER_SHARD))
             left = [shard for shard in shards if not shard.done.is_file()]
             total = sum(len(shard.items) for shard in shards)
             with tqdm(
@@ -113,12 +111,10 @@ def prepare(
                 summary.masks[config, shard.split] += report["masks"]
                 skipped.update(report["skipped"])
             summary.skipped |= skipped  # the configurations read the same source
-            data_files = [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in splits]
-            card_configs.append({"config_name": config, "data_files": data_files, "default": config == "default"})
     for (config, split), rows in summary.rows.items():
         if rows == 0:
             raise ValueError(f"no usable item in {config} {split} of {data_dir}: {dict(summary.skipped)}")
-    _write_card(name, output, card_configs, summary)
+    _write_card(name, output, summary)
     for leftover in output.glob("*/*.partial"):  # of processes that were killed
         leftover.unlink()
     shutil.rmtree(work)
@@ -137,13 +133,13 @@ class Shard:
         return self.path.parent.parent / WORK / f"{self.path.parent.name}-{self.path.stem}.json"
 
 
-def _shards(folder: Path, splits: dict[str, list[Any]]) -> list[Shard]:
+def _shards(folder: Path, splits: dict[str, list[Any]], size: int) -> list[Shard]:
     shards = []
     for split, items in splits.items():
-        count = -(-len(items) // ITEMS_PER_SHARD)
+        count = -(-len(items) // size)
         for number in range(count):
             path = folder / f"{split}-{number:05d}-of-{count:05d}.parquet"
-            shards.append(Shard(path, split, items[number * ITEMS_PER_SHARD : (number + 1) * ITEMS_PER_SHARD]))
+            shards.append(Shard(path, split, items[number * size : (number + 1) * size]))
     return shards
 
 
@@ -195,7 +191,18 @@ def _begin(output: Path, plan: dict[str, Any]) -> Path:
     return work
 
 
-def _write_card(name: str, output: Path, configs: list[dict], summary: Summary) -> None:
-    data = DatasetCardData(configs=configs, tags=["uscdf", "image-segmentation-captioning"], pretty_name=name)
-    card = DatasetCard(f"---\n{data.to_yaml()}\n---\n\n# {name}: USCDF rows\n\n```\n{summary}\n```\n")
+def _write_card(name: str, output: Path, summary: Summary) -> None:
+    # Here, when the work is done: cards of models, in the same module, need torch.
+    from mglmm.hub_cards.cards import dataset_card
+
+    from .publish import read_contents
+
+    card = dataset_card(
+        read_contents(output),
+        FEATURES,
+        name=name,
+        terms=BUILDERS[name].LICENSE,
+        repo_id=str(output),
+        skipped=dict(summary.skipped.most_common()),
+    )
     card.save(output / "README.md")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -11,6 +12,7 @@ from typing import Any
 
 from .builder import Row, UscdfBuilder, UscdfConfig, make_row
 from .conversations import Turn, ask_for_one, caption, describe_image, describe_parts, refer
+from .labels import readable
 from .scene import AbsentLabels, Label, Scene, Vocabulary, read_scene
 from .sources import check_image_size
 
@@ -28,14 +30,30 @@ class SceneBuilder(UscdfBuilder):
 
     def record(self, item: Any) -> Record:
         """
-        Path of the image, the image (`id`, `file_name`, `width`, `height`, `source`, optionally `ignore_mask`) and its
-        annotations (`id`, `label`, `level` object|stuff|part, `parent_id`, `segmentation` as COCO compressed RLE).
+        Path of the image, the image (`id`, `file_name`, `width`, `height`, `source`, optionally `ignore_mask` and `known`:
+        readable names of what is there although no annotation could be read) and its annotations (`id`, `label`, `level`
+        object|stuff|part, `parent_id`, `segmentation` as COCO compressed RLE). An annotation with `asked: False` is there,
+        so its label is never called absent, but no question is about it unless another annotation of the label may be
+        asked for.
         """
         raise NotImplementedError
 
     def vocabulary(self) -> Vocabulary:
         """Number of images of each label, by source: what may be asked for in vain."""
         raise NotImplementedError
+
+    def deniable(self, image: Mapping[str, Any], scene: Scene) -> Vocabulary:
+        """What may be asked for in vain in this image, as far as the labelling goes."""
+        return self._vocabulary
+
+    def turns(
+        self, scene: Scene, absent: AbsentLabels, generator: Callable[..., Random]
+    ) -> Iterator[tuple[str, list[Turn]]]:
+        """(task, turns) of all rows of an image."""
+        if self.config.name == "benchmark":
+            yield from benchmark_turns(scene, absent, generator)
+        else:
+            yield from training_turns(scene, absent, generator, self.config.variants)
 
     def split_items(self) -> dict[str, list[Any]]:
         splits = super().split_items()
@@ -50,13 +68,16 @@ class SceneBuilder(UscdfBuilder):
         check_image_size(path, *size)
         scene = read_scene(image, annotations)
         self.skipped.update(scene.skipped)
-        absent = AbsentLabels(scene, self._vocabulary)
+        wholes = [each for each in annotations if each["level"] != "part" and each.get("asked", True)]
+        asked = {readable(each["label"]).name for each in wholes}
+        scene = replace(
+            scene,
+            names=scene.names | image.get("known", frozenset()),
+            objects=tuple(target for target in scene.objects if target.noun.name in asked),
+        )
+        absent = AbsentLabels(scene, self.deniable(image, scene))
         generator = partial(self.generator, image["source"], image["file_name"])
-        if self.config.name == "benchmark":
-            tasks = benchmark_turns(scene, absent, generator)
-        else:
-            tasks = training_turns(scene, absent, generator, self.config.variants)
-        for task, turns in tasks:
+        for task, turns in self.turns(scene, absent, generator):
             yield make_row(
                 path, image["id"], image["source"], task, turns, size=size, ignore_mask=image.get("ignore_mask")
             )

@@ -1,18 +1,25 @@
-"""The model card: metadata for the Hub and a text that says what the configuration and the caller know, no more."""
+"""Cards of models and data sets: metadata for the Hub and a text that says what is known, no more."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from datasets import DatasetInfo, Features, SplitDict, SplitInfo, Value
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, ProcessorMixin
+
+if TYPE_CHECKING:
+    from mglmm.datasets_scripts.publish import Contents
 
 TAGS = ("mglmm", "image-segmentation", "grounded-captioning")
 # The encoders of images run without gradients in this architecture, whatever is trained around them.
 FROZEN = ("vision_tower", "pixel_encoder")
+SIZE_CATEGORIES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
 
 
 def model_card(
@@ -75,6 +82,85 @@ def model_card(
         facts=_facts(model, processor),
         results=metrics,
         limits=[*_architecture_limits(model), *limits],
+    )
+
+
+def dataset_card(
+    contents: Contents,
+    features: Features,
+    *,
+    name: str,
+    terms: str,
+    repo_id: str,
+    skipped: Mapping[str, int] | None = None,
+) -> DatasetCard:
+    """
+    The card of a prepared dataset; with its `configs`, `datasets.load_dataset` needs no code.
+
+    Args:
+        contents: Counts of its rows, from `mglmm.datasets_scripts.publish.read_contents`.
+        features: Of the rows; a column `image` of strings says that the pictures are elsewhere.
+        name: Title.
+        terms: On which the annotations and pictures may be used; an identifier that the Hub knows, or a text.
+        repo_id: Folder or hub id in the usage example.
+        skipped: What was left out while preparing, by reason.
+    """
+    configs = sorted({config for config, _ in contents.rows}, key=lambda config: (config != "default", config))
+    first = ("train", "validation")
+    parts = sorted(
+        contents.rows,
+        key=lambda part: (configs.index(part[0]), first.index(part[1]) if part[1] in first else len(first), part[1]),
+    )
+    splits = {config: [split for other, split in parts if other == config] for config in configs}
+    is_identifier = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", terms) is not None
+    rows = contents.rows.total()
+    data = DatasetCardData(
+        pretty_name=name,
+        license=terms if is_identifier else "other",
+        license_name=None if is_identifier else "terms-of-the-sources",
+        license_details=None if is_identifier else terms,
+        task_categories=["image-segmentation", "image-text-to-text"],
+        tags=["uscdf", *TAGS],
+        size_categories=[SIZE_CATEGORIES[min(max(len(str(rows)) - 3, 0), len(SIZE_CATEGORIES) - 1)]],
+        configs=[
+            {
+                "config_name": config,
+                "data_files": [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in splits[config]],
+                **({"default": True} if config == configs[0] else {}),
+            }
+            for config in configs
+        ],
+    )
+    infos = {
+        config: DatasetInfo(
+            features=features,
+            config_name=config,
+            splits=SplitDict(
+                {split: SplitInfo(split, num_examples=contents.rows[config, split]) for split in of_config}
+            ),
+        )
+        for config, of_config in splits.items()
+    }
+    DatasetInfosDict(infos).to_dataset_card_data(data)
+    references = features["image"] == Value("string")
+    masks = contents.masks.total()
+    return DatasetCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("dataset_card.md")),
+        name=name,
+        summary=f"{rows:,} rows with {masks:,} masks.",
+        repo_id=repo_id,
+        references=references,
+        configs=configs,
+        splits=splits[configs[0]],
+        parts=[
+            {"config": c, "split": s, "rows": f"{contents.rows[c, s]:,}", "masks": f"{contents.masks[c, s]:,}"}
+            for c, s in parts
+        ],
+        tasks=[(task, f"{count:,}") for task, count in contents.tasks.most_common()],
+        sources=[(source, f"{count:,}") for source, count in contents.sources.most_common()],
+        skipped=[(reason, f"{count:,}") for reason, count in (skipped or {}).items()],
+        terms=f"`{terms}`" if is_identifier else terms,
     )
 
 

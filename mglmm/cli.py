@@ -105,6 +105,52 @@ def prepare(
     print(prepare_dataset(name, data_dir, output, images=images, answers=answers, **options))
 
 
+@app.command()
+def lint(
+    data: Annotated[str, typer.Argument(help="Folder or hub id of prepared data.")],
+    config: Annotated[str | None, typer.Option(help="Read only this configuration.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id: check that its context holds every mask of an answer.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Context in tokens, image included; the model's own by default.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="File for a page to look at sampled rows.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows on that page.")] = 24,
+) -> None:
+    """Check prepared data row by row; the exit status is 1 if anything is wrong."""
+    from .datasets_scripts.lint import lint as lint_data
+
+    if max_length is not None and model is None:
+        raise ValueError("--max-length counts tokens: name the --model whose tokens are meant")
+    processor = None
+    if model is not None:
+        from .processing import MglmmProcessor
+
+        processor = MglmmProcessor.from_pretrained(model)
+    report = lint_data(data, config=config, processor=processor, max_length=max_length, html=html, samples=samples)
+    print(report)
+    if not report.clean:
+        raise typer.Exit(1)
+
+
+@app.command("push-dataset")
+def push_dataset(
+    folder: Annotated[Path, typer.Argument(help="What `mglmm prepare` wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="Hub id, such as 'me/hats'; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    images: Annotated[
+        Literal["embed", "reference"], typer.Option(help="Upload the pictures, or only their paths below --image-root.")
+    ] = "embed",
+    image_root: Annotated[Path | None, typer.Option(help="Folder that holds all pictures.")] = None,
+    license: Annotated[str | None, typer.Option(help="Identifier or terms for the card.")] = None,
+) -> None:
+    """Upload prepared data to the Hub, with a card."""
+    from .datasets_scripts.publish import push_dataset as push
+
+    print(push(folder, repo_id, private=private or None, images=images, image_root=image_root, license=license))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,

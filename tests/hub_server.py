@@ -1,4 +1,4 @@
-"""A hub on loopback that knows just enough of the protocol to create, push, list and load model repositories."""
+"""A hub on loopback that knows just enough of the protocol to create, push, list and load repositories of models and data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_loopback"
-REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
-LFS_SUFFIXES = (".safetensors", "tokenizer.json")
+REPO = r"(?P<repo>(?:datasets/)?[\w.-]+/[\w.-]+)"
+API = r"/api/(?P<repo>(?:models|datasets)/[\w.-]+/[\w.-]+)"
+LFS_SUFFIXES = (".safetensors", "tokenizer.json", ".parquet")
 
 
 class Repository:
@@ -23,6 +24,7 @@ class Repository:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.commits = 0
+        self.private = False
 
     @property
     def sha(self) -> str:
@@ -32,7 +34,7 @@ class Repository:
 class HubServer(ThreadingHTTPServer):
     """
     Attributes:
-        repositories: by "owner/name".
+        repositories: by "owner/name", those of data by "datasets/owner/name".
         requests: (method, path) of every request, in order.
         url: for `HF_ENDPOINT`.
     """
@@ -72,13 +74,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path))
         body = self._body()
         method = "GET" if self.command == "HEAD" else self.command
-        writes = path.startswith(("/api/repos/", "/api/models/")) and method == "POST"
+        writes = method == "POST" and path.startswith("/api/") and not re.search("/validate-yaml$|/paths-info/", path)
         if writes and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._reply(401, {"error": "a token that may write is needed"})
         for verb, pattern, answer in ROUTES:
             found = re.fullmatch(pattern, path)
             if found and verb == method:
                 groups = found.groupdict()
+                if "repo" in groups:
+                    groups["repo"] = groups["repo"].removeprefix("models/")
                 repository = self.server.repositories.get(groups.get("repo", ""))
                 if "repo" in groups and repository is None:
                     return self._reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -114,9 +118,11 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, body: bytes, repository: None) -> None:
         wanted = json.loads(body)
         name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
-        status = 409 if name in self.server.repositories else 200
-        self.server.repositories.setdefault(name, Repository())
-        self._reply(status, {"url": f"{self.server.url}/{name}", "name": name})
+        key = f"datasets/{name}" if wanted.get("type") == "dataset" else name
+        status = 409 if key in self.server.repositories else 200
+        self.server.repositories.setdefault(key, Repository())
+        self.server.repositories[key].private |= wanted.get("visibility") == "private"
+        self._reply(status, {"url": f"{self.server.url}/{key}", "name": name})
 
     def preupload(self, body: bytes, repository: Repository, repo: str) -> None:
         paths = [file["path"] for file in json.loads(body)["files"]]
@@ -155,29 +161,46 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in repository.files]
         self._reply(200, {"id": repo, "sha": repository.sha, "private": False, "siblings": siblings, "tags": []})
 
-    def tree(self, body: bytes, repository: Repository, repo: str) -> None:
-        entries = [
-            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for path, data in repository.files.items()
-        ]
-        self._reply(200, entries)
+    def tree(self, body: bytes, repository: Repository, repo: str, folder: str | None = None) -> None:
+        prefix = f"{folder}/" if folder else ""
+        below = [path for path in repository.files if path.startswith(prefix)]
+        if parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() != "true":
+            below = list(dict.fromkeys(prefix + path.removeprefix(prefix).partition("/")[0] for path in below))
+        self._reply(200, [self._entry(repository, path) for path in below])
+
+    def paths_info(self, body: bytes, repository: Repository, repo: str) -> None:
+        folders = {path.rpartition("/")[0] for path in repository.files}
+        wanted = [path for path in parse_qs(body.decode())["paths"] if path in folders | repository.files.keys()]
+        self._reply(200, [self._entry(repository, path) for path in wanted])
+
+    def _entry(self, repository: Repository, path: str) -> dict:
+        data = repository.files.get(path)
+        if data is None:
+            return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}
+        return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
     def resolve(self, body: bytes, repository: Repository, repo: str, path: str) -> None:
         commit = {"X-Repo-Commit": repository.sha}
         data = repository.files.get(path)
         if data is None:
             return self._reply(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", **commit})
-        self._reply(200, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', **commit})
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', **commit}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            start, end = int(part[1]), min(int(part[2]), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+            return self._reply(206, data[start : end + 1], headers)
+        self._reply(200, data, headers)
 
 
 ROUTES = [
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", "/api/repos/create", _Handler.create),
-    ("POST", f"/api/models/{REPO}/preupload/main", _Handler.preupload),
+    ("POST", f"{API}/preupload/main", _Handler.preupload),
     ("POST", f"/{REPO}.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_upload),
-    ("POST", f"/api/models/{REPO}/commit/main", _Handler.commit),
-    ("GET", f"/api/models/{REPO}(?:/revision/[^/]+)?", _Handler.info),
-    ("GET", f"/api/models/{REPO}/tree/[^/]+", _Handler.tree),
+    ("POST", f"{API}/commit/main", _Handler.commit),
+    ("GET", f"{API}(?:/revision/[^/]+)?", _Handler.info),
+    ("GET", f"{API}/tree/[^/]+(?:/(?P<folder>.+))?", _Handler.tree),
+    ("POST", f"{API}/paths-info/[^/]+", _Handler.paths_info),
     ("GET", f"/{REPO}/resolve/[^/]+/(?P<path>.+)", _Handler.resolve),
 ]

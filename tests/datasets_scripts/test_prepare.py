@@ -101,7 +101,7 @@ def dying(builder, shard):
     return write_shard(builder, shard)
 
 module.write_shard = dying
-module.ITEMS_PER_SHARD = 1
+module.ROWS_PER_SHARD = 1
 module.prepare("photos", sys.argv[1], sys.argv[2], num_proc=1)
 """
 
@@ -111,7 +111,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tiny_dataset: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(prepare_module, "ITEMS_PER_SHARD", 1)
+    monkeypatch.setattr(prepare_module, "ROWS_PER_SHARD", 1)
     output = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(tiny_dataset), str(output), "train-00002-of-00003.parquet"]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
