@@ -350,7 +350,7 @@ def _index_values(path: Path) -> np.ndarray:
 
 def _bitmap(file: Path | io.BytesIO) -> np.ndarray:
     """Where a PNG is not black."""
-    pixels = read_index_image(file)  # type: ignore[arg-type]
+    pixels = read_index_image(file)
     return np.asarray(pixels.any(axis=2) if pixels.ndim == 3 else pixels != 0)
 
 

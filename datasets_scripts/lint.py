@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mglmm.processing.images import load_image
 from mglmm.processing.rle import decode_mask
-from mglmm.processing.uscdf import PHRASE_END, SEG_TOKEN, parse, validate_row
+from mglmm.processing.uscdf import PHRASE_END, SEG_TOKEN, conversation_of, parse, validate_row
 
 from .explorer import Sample, Sampler, render_explorer
 from .features import FEATURES
@@ -200,7 +200,7 @@ def _facts_of_file(path: str) -> ImageFacts:
 def _facts_of_bytes(content: bytes) -> ImageFacts:
     digest = hashlib.blake2b(content, digest_size=16).digest()
     try:
-        size = displayed_size(io.BytesIO(content))  # type: ignore[arg-type]
+        size = displayed_size(io.BytesIO(content))
         if not _looks_complete(content):
             load_image(content)
     except ValueError as error:
@@ -340,16 +340,13 @@ class _Context:
     """Where the `[SEG]`s of a row lie among its tokens, as the collator makes them."""
 
     def __init__(self, processor: MglmmProcessor, max_length: int | None) -> None:
-        from mglmm.trainer.data_collator import conversation_of  # needs torch, which the other checks do not
-
-        self._conversation_of = conversation_of
         self._processor = processor
         self._max_length = max_length or processor.tokenizer.model_max_length
         self._picture = Image.new("RGB", (1, 1))  # every picture becomes the same number of tokens
 
     def look(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         processor, tokenizer = self._processor, self._processor.tokenizer
-        text = processor.apply_chat_template(self._conversation_of({**row, "image": self._picture}), tokenize=False)
+        text = processor.apply_chat_template(conversation_of({**row, "image": self._picture}), tokenize=False)
         begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         position, positions = 0, []
         for token in tokenizer(text, add_special_tokens=not begun)["input_ids"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -83,7 +83,7 @@ def _checked_rle(part: Any, height: int, width: int) -> Rle:
     return rle
 
 
-def read_index_image(path: Path) -> np.ndarray:
+def read_index_image(path: Path | BinaryIO) -> np.ndarray:
     """
     An index, grey or colour PNG as an array: `(H, W)` integers, or `(H, W, 3)` uint8 for colours.
 

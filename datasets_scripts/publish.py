@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +22,7 @@ from datasets.arrow_writer import ParquetWriter
 from huggingface_hub import CommitInfo, DatasetCard, HfApi
 from tqdm import tqdm
 
-from mglmm.hub_cards.cards import dataset_card
+from mglmm.hub_cards.cards import Contents, dataset_card
 
 from .features import FEATURES
 from .sources import displayed_size, inside
@@ -32,16 +30,6 @@ from .sources import displayed_size, inside
 Images = Literal["embed", "reference"]
 REFERENCES = datasets.Features({**FEATURES, "image": datasets.Value("string")})
 BATCH = 200  # rows in memory; their pictures too
-
-
-@dataclass
-class Contents:
-    """Number of rows and masks by (config, split), and of rows by task and by source."""
-
-    rows: Counter[tuple[str, str]] = field(default_factory=Counter)
-    masks: Counter[tuple[str, str]] = field(default_factory=Counter)
-    tasks: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
 
 
 def read_contents(folder: Path) -> Contents:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson
 import PIL.Image
@@ -51,7 +51,7 @@ def first_existing(root: Path, *names: str) -> Path:
     raise FileNotFoundError(f"{root} holds none of {', '.join(names)}: is it the folder of this dataset?")
 
 
-def displayed_size(path: Path) -> tuple[int, int]:
+def displayed_size(path: Path | BinaryIO) -> tuple[int, int]:
     """
     (height, width) of an image as it is displayed, from its header alone.
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo, Value
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, ProcessorMixin
-
-if TYPE_CHECKING:
-    from mglmm.datasets_scripts.publish import Contents
 
 TAGS = ("mglmm", "image-segmentation", "grounded-captioning")
 # The encoders of images run without gradients in this architecture, whatever is trained around them.
@@ -83,6 +82,16 @@ def model_card(
         results=metrics,
         limits=[*_architecture_limits(model), *limits],
     )
+
+
+@dataclass
+class Contents:
+    """Number of rows and masks of a dataset by (config, split), and of rows by task and by source."""
+
+    rows: Counter[tuple[str, str]] = field(default_factory=Counter)
+    masks: Counter[tuple[str, str]] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
 
 
 def dataset_card(

@@ -86,7 +86,7 @@ def assemble(
 
 @app.command()
 def prepare(
-    name: Annotated[str, typer.Argument(help="Dataset family, such as 'photos'.")],
+    name: Annotated[str, typer.Argument(help="Name of the dataset, such as 'refcoco'; an unknown one lists all.")],
     data_dir: Annotated[Path, typer.Option(help="Folder of the dataset in its original layout.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     images: Annotated[Literal["embed", "path"], typer.Option(help="Store pictures, or only where they are.")] = "embed",
@@ -101,8 +101,18 @@ def prepare(
     """Turn a dataset into USCDF Parquet files that load_dataset opens."""
     from .datasets_scripts.prepare import prepare as prepare_dataset
 
-    options = {"variants": variants, "seed": seed, "limit": limit, "num_proc": num_proc}
-    print(prepare_dataset(name, data_dir, output, images=images, answers=answers, **options))
+    summary = prepare_dataset(
+        name,
+        data_dir,
+        output,
+        images=images,
+        variants=variants,
+        seed=seed,
+        limit=limit,
+        num_proc=num_proc,
+        answers=answers,
+    )
+    print(summary)
 
 
 @app.command()

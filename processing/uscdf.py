@@ -294,3 +294,17 @@ def _joint(left: str, right: str, gap: str) -> str:
 def _is_word(char: str) -> bool:
     """A letter or digit of a script that puts spaces between words (CJK blocks begin at U+2E80)."""
     return char.isalnum() and ord(char) < 0x2E80
+
+
+def conversation_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Messages of a USCDF row in the form of `apply_chat_template`: the first user turn's `<image>` becomes the image."""
+    conversation: list[dict[str, Any]] = []
+    for message in row["messages"]:
+        text: str = message["content"]
+        content: list[dict[str, Any]] = []
+        if message["role"] == "user" and not conversation and IMAGE_TOKEN in text:
+            content.append({"type": "image", "image": row["image"]})
+            text = text.replace(IMAGE_TOKEN, "", 1).strip()
+        content.append({"type": "text", "text": text})
+        conversation.append({"role": message["role"], "content": content})
+    return conversation

@@ -12,23 +12,9 @@ import torch
 from mglmm.modeling_mglmm.mask_losses import IGNORE_VALUE
 from mglmm.processing import MglmmProcessor
 from mglmm.processing.rle import decode_mask
-from mglmm.processing.uscdf import IMAGE_TOKEN
+from mglmm.processing.uscdf import conversation_of
 
 from .feature_cache import FeatureCache
-
-
-def conversation_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Messages of a USCDF row in the form of `apply_chat_template`: the first user turn's `<image>` becomes the image."""
-    conversation: list[dict[str, Any]] = []
-    for message in row["messages"]:
-        text: str = message["content"]
-        content: list[dict[str, Any]] = []
-        if message["role"] == "user" and not conversation and IMAGE_TOKEN in text:
-            content.append({"type": "image", "image": row["image"]})
-            text = text.replace(IMAGE_TOKEN, "", 1).strip()
-        content.append({"type": "text", "text": text})
-        conversation.append({"role": message["role"], "content": content})
-    return conversation
 
 
 def masks_of(row: dict[str, Any]) -> list[np.ndarray]:

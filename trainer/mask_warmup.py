@@ -8,17 +8,21 @@ projector, neck and decoder train on them. The joint stage then starts with mask
 Two more losses, which cost next to nothing, say more directly what belongs together. The prompts of phrases are drawn to
 the image embeddings under their masks, whose product with them should already be the mask; so the decoder's attention
 finds its place. And the image tokens learn to speak the language model's words: averaged over a mask, they are drawn to
-the mean input embedding of its phrase, so that the language model finds words where it looked at noise. That needs masks
-and image tokens in one frame, hence a shared vision tower; other models go without.
+the mean input embedding of its phrase, and of the words that phrases are made of, some token is near each that the image
+shows and none is near the others. So the language model finds words where it looked at noise, and can tell what is absent.
+That needs masks and image tokens in one frame, hence a shared vision tower; other models go without.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import Trainer
@@ -35,9 +39,15 @@ from .mglmm_trainer import UNTRAINED
 
 QUESTION = "Please segment {}."
 ANSWER = "Sure, {}."
-LOSS_PARTS = ("mask_bce_loss", "mask_dice_loss", "pixel_loss", "word_loss")
+LOSS_PARTS = ("mask_bce_loss", "mask_dice_loss", "pixel_loss", "word_loss", "presence_loss")
 MASK_PATH = ("pixel_neck", "mask_projector", "prompt_encoder", "mask_decoder")
 TEMPERATURE = 0.07  # of the contrast between the phrases of a batch, as in CLIP's initialisation
+WORD_WEIGHT = 0.25  # as strong as the presence loss, the image tokens tell less well what is absent
+MIN_IMAGES = 3  # that a word must be said of
+PRESENT_SIMILARITY, PRESENCE_SCALE = (
+    0.35,
+    11.0,
+)  # cosine at which a word is as likely there as not; about what training finds
 
 
 def phrases_of(messages: Iterable[dict[str, str]]) -> list[str]:
@@ -86,6 +96,20 @@ def phrase_words(
     return words
 
 
+def words_of_images(rows: Dataset) -> dict[tuple[str, str], set[str]]:
+    """
+    Words of all phrases ever said of each image (source, image id), over all its rows. Words said of fewer than
+    `MIN_IMAGES` are left out: they may as well be there unsaid.
+    """
+    words: dict[tuple[str, str], set[str]] = {}
+    for source, image_id, conversation in zip(rows["source"], rows["image_id"], rows["messages"], strict=True):
+        said = words.setdefault((source, image_id), set())
+        for phrase in phrases_of(conversation):
+            said.update(re.findall(r"[^\W_]+(?:-[^\W_]+)*", phrase.lower()))
+    count = Counter(word for said in words.values() for word in said)
+    return {image: {word for word in said if count[word] >= MIN_IMAGES} for image, said in words.items()}
+
+
 @torch.no_grad()
 def standardise_prompts(model: MglmmForConditionalGeneration, states: Iterable[torch.Tensor]) -> None:
     """
@@ -106,7 +130,7 @@ def standardise_prompts(model: MglmmForConditionalGeneration, states: Iterable[t
 class MaskWarmupCollator:
     """
     Rows of (image, masks, phrases) to image features, phrase states, phrase words and labels of at most
-    `masks_per_image` masks each, drawn anew at every visit.
+    `masks_per_image` masks each, drawn anew at every visit; and which words of the vocabulary each image shows.
     """
 
     def __init__(
@@ -114,11 +138,13 @@ class MaskWarmupCollator:
         processor: MglmmProcessor,
         states: dict[str, torch.Tensor],
         words: dict[str, torch.Tensor],
+        image_words: dict[tuple[str, str], set[str]],
         feature_cache: FeatureCache,
         masks_per_image: int,
         mask_size: int,
     ):
         self.processor, self.states, self.words, self.feature_cache = processor, states, words, feature_cache
+        self.image_words, self.vocabulary = image_words, sorted(set().union(*image_words.values()))
         self.masks_per_image, self.mask_size = masks_per_image, mask_size
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -136,6 +162,9 @@ class MaskWarmupCollator:
             "image_features": self.feature_cache.load([row["image"] for row in rows]),
             "seg_states": torch.stack([self.states[phrase] for phrase in phrases]),
             "words": torch.stack([self.words[phrase] for phrase in phrases]),
+            "present": torch.tensor(
+                [[word in self.image_words[row["source"], row["image_id"]] for word in self.vocabulary] for row in rows]
+            ),
             "mask_image_index": torch.tensor(index),
             "mask_labels": torch.cat(labels),
         }
@@ -145,10 +174,14 @@ class MaskWarmup(nn.Module):
     """
     The mask path and the image projector alone, in the form that `Trainer` takes: losses from `[SEG]` states that are
     given. Freezes everything else in `model`, whose own modules these are.
+
+    Args:
+        vocabulary: `(words, hidden)`, rows of `phrase_words` in the order of the collator's vocabulary.
     """
 
-    def __init__(self, model: MglmmForConditionalGeneration):
+    def __init__(self, model: MglmmForConditionalGeneration, vocabulary: torch.Tensor):
         super().__init__()
+        self.register_buffer("vocabulary", vocabulary, persistent=False)
         self.config = model.config
         names = (*MASK_PATH, *(["multi_modal_projector"] if model.config.share_vision_tower else []))
         modules = {name: getattr(model.model, name) for name in names if getattr(model.model, name) is not None}
@@ -163,6 +196,7 @@ class MaskWarmup(nn.Module):
         image_features: MglmmImageFeatures,
         seg_states: torch.Tensor,
         words: torch.Tensor,
+        present: torch.Tensor,
         mask_image_index: torch.LongTensor,
         mask_labels: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
@@ -177,10 +211,10 @@ class MaskWarmup(nn.Module):
         loss = loss + pixel_loss
         losses = {"mask_bce_loss": bce, "mask_dice_loss": dice, "pixel_loss": pixel_loss}
         if self.config.share_vision_tower:
-            tokens = model.project_image_features(image_features)[mask_image_index]
-            mean = model.get_input_embeddings().weight.mean(0)
-            losses["word_loss"] = word_loss(tokens - mean, words, mask_labels == 1)
-            loss = loss + losses["word_loss"]
+            tokens = model.project_image_features(image_features) - model.get_input_embeddings().weight.mean(0)
+            losses["word_loss"] = word_loss(tokens[mask_image_index], words, mask_labels == 1)
+            losses["presence_loss"] = presence_loss(tokens, self.vocabulary, present)
+            loss = loss + WORD_WEIGHT * losses["word_loss"] + losses["presence_loss"]
         return {"loss": loss, **losses}
 
     def _weighted(self, bce: torch.Tensor, dice: torch.Tensor) -> torch.Tensor:
@@ -204,6 +238,22 @@ def word_loss(tokens: torch.Tensor, words: torch.Tensor, masks: torch.Tensor) ->
     phrases, target = torch.unique(words, dim=0, return_inverse=True)
     similarity = F.normalize(pooled, dim=-1) @ F.normalize(phrases, dim=-1).T
     return distance + F.cross_entropy(similarity / TEMPERATURE, target)
+
+
+def presence_loss(tokens: torch.Tensor, vocabulary: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """
+    Binary cross entropy of telling the words of an image from the others by the image token nearest to each; present and
+    absent words weigh the same.
+
+    Args:
+        tokens: `(images, tokens, hidden)`.
+        vocabulary: `(words, hidden)`.
+        present: `(images, words)` bool.
+    """
+    similarity = F.normalize(tokens, dim=-1) @ F.normalize(vocabulary, dim=-1).T
+    logits = PRESENCE_SCALE * (similarity.amax(1) - PRESENT_SIMILARITY)
+    losses = F.binary_cross_entropy_with_logits(logits, present.to(logits), reduction="none")
+    return losses[present].sum() / present.sum().clamp_min(1) + losses[~present].sum() / (~present).sum().clamp_min(1)
 
 
 class MaskWarmupTrainer(Trainer):

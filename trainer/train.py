@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import yaml
 from datasets import Dataset, concatenate_datasets, load_dataset
+from peft import set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
@@ -31,6 +33,7 @@ from .mask_warmup import (
     phrase_words,
     phrases_of,
     standardise_prompts,
+    words_of_images,
 )
 from .mglmm_trainer import MglmmTrainer, add_adapter
 from .training_args import MglmmTrainingArguments
@@ -63,6 +66,7 @@ class RunConfig:
         training (`dict`): Fields of `MglmmTrainingArguments`.
         mask_warmup (`dict`, *optional*): Fields of `MglmmTrainingArguments` for a first stage that trains neck and mask
             decoder alone (see `mask_warmup.py`), plus `masks_per_image`. Needs `training.cache_image_features`.
+        adapter (`str`, *optional*): Folder of an adapter of the same model to go on from; what it lacks starts fresh.
         language_model_dtype (`str`, *optional*, defaults to `"float32"`): Of the frozen language-model weights.
     """
 
@@ -70,6 +74,7 @@ class RunConfig:
     data: list[DataConfig]
     training: dict[str, Any]
     mask_warmup: dict[str, Any] | None = None
+    adapter: str | None = None
     language_model_dtype: str = "float32"
 
 
@@ -175,13 +180,17 @@ def warm_up(
 ) -> None:
     """First stage; its result is kept in `output_dir`, so that a run started again does not repeat it."""
     result = output_dir / "mask_warmup.safetensors"
-    wrapper = MaskWarmup(model)
     if not result.is_file():
         phrases = [phrase for messages in dataset["messages"] for phrase in phrases_of(messages)]
         states, words = phrase_states(model, processor, phrases), phrase_words(model, processor, phrases)
+        image_words = words_of_images(dataset)
         standardise_prompts(model, states.values())
         with_masks = dataset.select(np.flatnonzero([len(masks) > 0 for masks in dataset["masks"]]))
-        collator = MaskWarmupCollator(processor, states, words, cache, masks_per_image, args.mask_size)
+        collator = MaskWarmupCollator(processor, states, words, image_words, cache, masks_per_image, args.mask_size)
+        vocabulary = phrase_words(model, processor, collator.vocabulary)
+        hidden = model.get_input_embeddings().weight.shape[1]
+        rows = [vocabulary[word] for word in collator.vocabulary]
+        wrapper = MaskWarmup(model, torch.stack(rows) if rows else torch.zeros(0, hidden))
         trainer = MaskWarmupTrainer(model=wrapper, args=args, train_dataset=with_masks, data_collator=collator)
         trainer.train(resume_from_checkpoint=_last_checkpoint(Path(str(args.output_dir))))
         _write_log(trainer.state.log_history, output_dir, "mask_warmup")
@@ -239,6 +248,10 @@ def run(config: RunConfig) -> Path:
     new_tokens = processor.tokenizer.convert_tokens_to_ids([PHRASE_START, PHRASE_END, SEG_TOKEN])
     set_seed(args.seed)  # here, so that LoRA starts alike whether or not the first stage ran in this process
     peft_model = add_adapter(model, args, new_tokens)
+    if config.adapter is not None:
+        loaded = set_peft_model_state_dict(peft_model, load_file(Path(config.adapter) / SAFETENSORS_WEIGHTS_NAME))
+        if loaded.unexpected_keys:
+            raise ValueError(f"{config.adapter} holds weights that this run has no place for: {loaded.unexpected_keys}")
     collator = MglmmDataCollator(processor, args.mask_size, cache)
     trainer = MglmmTrainer(model=peft_model, args=args, train_dataset=dataset, data_collator=collator)
     trainer.train(resume_from_checkpoint=_last_checkpoint(output_dir))

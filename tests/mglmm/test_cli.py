@@ -59,7 +59,7 @@ def patch(monkeypatch: pytest.MonkeyPatch, module: str, name: str, replacement: 
 
 
 def test_every_verb_explains_itself(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    verbs = ("segment", "assemble", "prepare", "train", "evaluate")
+    verbs = ("segment", "assemble", "prepare", "lint", "push-dataset", "train", "evaluate")
     assert run("--help") == 0
     shown = capsys.readouterr().out
     assert all(verb in shown for verb in verbs)
@@ -220,9 +220,9 @@ def test_prepare_passes_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     patch(
         monkeypatch, "mglmm.datasets_scripts.prepare", "prepare", lambda *args, **kwargs: calls.append((args, kwargs))
     )
-    options = ["--images", "path", "--variants", 3, "--seed", 7, "--limit", 5, "--num-proc", 2]
+    options = ["--images", "path", "--variants", 3, "--seed", 7, "--limit", 5, "--num-proc", 2, "--format", "plain"]
     assert run("prepare", "photos", "--data-dir", "raw", "--output", "rows", *options) == 0
-    expected = {"images": "path", "variants": 3, "seed": 7, "limit": 5, "num_proc": 2}
+    expected = {"images": "path", "variants": 3, "seed": 7, "limit": 5, "num_proc": 2, "answers": "plain"}
     assert calls == [(("photos", Path("raw"), Path("rows")), expected)]
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mglmm.processing.rle import encode_mask
-from mglmm.trainer.data_collator import MglmmDataCollator, conversation_of, masks_of
+from mglmm.processing.uscdf import conversation_of
+from mglmm.trainer.data_collator import MglmmDataCollator, masks_of
 from mglmm.trainer.feature_cache import FeatureCache
 from tests.trainer.conftest import BOXES, SIZE, box_mask, uscdf_row
 

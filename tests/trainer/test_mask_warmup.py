@@ -17,8 +17,10 @@ from mglmm.trainer.mask_warmup import (
     phrase_states,
     phrase_words,
     phrases_of,
+    presence_loss,
     standardise_prompts,
     word_loss,
+    words_of_images,
 )
 from tests.tiny import tiny_model
 from tests.trainer.conftest import BOXES, box_mask, training_arguments, uscdf_row
@@ -60,10 +62,17 @@ def stage(tmp_path: Path, rows, request):
     cache.fill(model, processor, [row["image"] for row in rows])
     states, words = phrase_states(model, processor, list(BOXES)), phrase_words(model, processor, BOXES)
 
+    image_words = {("test", "0"): {"hat", "dog"}, ("test", "1"): set(), ("test", "2"): {"car", "dog", "hat"}}
+
     def collator(masks_per_image: int) -> MaskWarmupCollator:
-        return MaskWarmupCollator(processor, states, words, cache, masks_per_image, mask_size=16)
+        return MaskWarmupCollator(processor, states, words, image_words, cache, masks_per_image, mask_size=16)
 
     return model, processor, collator, states
+
+
+def warmup_of(model, processor) -> MaskWarmup:
+    words = phrase_words(model, processor, ["car", "dog", "hat"])
+    return MaskWarmup(model, torch.stack([words[word] for word in ("car", "dog", "hat")]))
 
 
 def test_a_batch_draws_at_most_so_many_masks_an_image(stage, rows):
@@ -79,13 +88,15 @@ def test_a_batch_draws_at_most_so_many_masks_an_image(stage, rows):
         names = [next(n for n, s in states.items() if torch.equal(s, state)) for state in batch["seg_states"]]
         assert all(torch.equal(labels[n], label) for n, label in zip(names, batch["mask_labels"], strict=True))
         assert torch.equal(batch["words"], torch.stack([collator.words[name] for name in names]))
+        # The words car, dog and hat of the pictures 2, 0 and 0.
+        assert batch["present"].tolist() == [[True, True, True], [False, True, True], [False, True, True]]
         assert names[2] == "the car" and len(batch["image_features"].vision_hidden_states) == 3
         drawn.add(frozenset(names[:2]))
     assert len(drawn) == 3  # every pair of the first row's masks comes up
 
 
 def test_only_the_mask_path_changes_and_the_loss_falls(stage, rows, tmp_path: Path):
-    model, _, collator_of, _ = stage
+    model, processor, collator_of, _ = stage
     before = copy.deepcopy(model.state_dict())
     args = training_arguments(
         tmp_path / "run",
@@ -97,7 +108,7 @@ def test_only_the_mask_path_changes_and_the_loss_falls(stage, rows, tmp_path: Pa
     )
     with_masks = [row for row in rows if row["masks"]]
     trainer = MaskWarmupTrainer(
-        model=MaskWarmup(model), args=args, train_dataset=with_masks, data_collator=collator_of(3)
+        model=warmup_of(model, processor), args=args, train_dataset=with_masks, data_collator=collator_of(3)
     )
     trainer.train()
 
@@ -110,8 +121,10 @@ def test_only_the_mask_path_changes_and_the_loss_falls(stage, rows, tmp_path: Pa
     assert history[-1]["mask_bce_loss"] < 0.7 * history[0]["mask_bce_loss"]
     assert history[-1]["word_loss"] < history[0]["word_loss"]
     for entry in history:
-        total = 2.0 * entry["mask_bce_loss"] + 0.5 * entry["mask_dice_loss"] + entry["pixel_loss"] + entry["word_loss"]
+        total = 2.0 * entry["mask_bce_loss"] + 0.5 * entry["mask_dice_loss"] + entry["pixel_loss"]
+        total += 0.25 * entry["word_loss"] + entry["presence_loss"]
         assert entry["loss"] == pytest.approx(total, rel=1e-4)
+    assert history[-1]["presence_loss"] < history[0]["presence_loss"]
 
     # The embeddings of this model are tied, which safetensors refuses: checkpoints hold what is trained alone.
     saved = load_file(tmp_path / "run" / "checkpoint-20" / "model.safetensors")
@@ -119,10 +132,10 @@ def test_only_the_mask_path_changes_and_the_loss_falls(stage, rows, tmp_path: Pa
 
 
 def test_the_losses_are_those_of_the_model(stage, rows):
-    model, _, collator_of, _ = stage
+    model, processor, collator_of, _ = stage
     row = uscdf_row(0, "referring", ("the hat", "the dog"))
     batch = collator_of(2)([row])
-    outputs = MaskWarmup(model)(**batch)
+    outputs = warmup_of(model, processor)(**batch)
     embeddings = model.model.get_image_embeddings(batch["image_features"])
     logits = model.model.decode_masks(batch["seg_states"], batch["mask_image_index"], embeddings)
     logits = torch.nn.functional.interpolate(logits[:, None], (16, 16), mode="bilinear", align_corners=False)[:, 0]
@@ -137,9 +150,9 @@ def test_the_losses_are_those_of_the_model(stage, rows):
 
 
 def test_the_pixel_loss_is_that_of_the_product_of_prompt_and_embedding(stage, rows):
-    model, _, collator_of, _ = stage
+    model, processor, collator_of, _ = stage
     batch = collator_of(2)([rows[0], rows[3]])
-    outputs = MaskWarmup(model)(**batch)
+    outputs = warmup_of(model, processor)(**batch)
     prompts = model.model.mask_projector(batch["seg_states"])
     embeddings = model.model.get_image_embeddings(batch["image_features"])[[0, 0, 1]]
     logits = (prompts[:, :, None, None] * embeddings).sum(1) / prompts.shape[1] ** 0.5
@@ -178,3 +191,44 @@ def test_the_word_loss_looks_under_the_mask_and_tells_phrases_apart():
     )  # squared distance 2 of power 1; cosine 0 against 1
     half = word_loss(tokens, words, torch.ones(3, 4, 4, dtype=torch.bool))  # both columns: half way, and undecided
     assert half.item() == pytest.approx(0.5 + torch.tensor(2.0).log().item(), rel=1e-4)
+
+
+def test_words_of_an_image_are_gathered_over_its_rows():
+    said = {
+        "1": ["the red t-shirt", "a hat"],
+        "2": ["the person's hat", "t-shirt"],
+        "3": ["Hat", "the t-shirt", "shoes"],
+    }
+    rows = {"source": [], "image_id": [], "messages": []}
+    for image_id, phrases in said.items():
+        for phrase in phrases:
+            rows["source"].append("a")
+            rows["image_id"].append(image_id)
+            rows["messages"].append([{"role": "assistant", "content": f"<p> {phrase} </p> [SEG]"}])
+    # Of the same id in another source; and nothing is said of it.
+    rows["source"].append("b")
+    rows["image_id"].append("1")
+    rows["messages"].append([{"role": "assistant", "content": "Sorry."}])
+    words = words_of_images(rows)
+    # "red", "person", "s" and "shoes" are said of fewer than three images.
+    both = {"hat", "t-shirt"}
+    assert words == {
+        ("a", "1"): both | {"the"},
+        ("a", "2"): both | {"the"},
+        ("a", "3"): both | {"the"},
+        ("b", "1"): set(),
+    }
+
+
+def test_the_presence_loss_asks_for_one_near_token_a_word():
+    vocabulary = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    # One of the two tokens says the first word, the other says neither: it points away from both.
+    tokens = torch.tensor([[[1.0, 0.0], [-1.0, -1.0]]])
+    near, far = 11.0 * (1 - 0.35), 11.0 * (0 - 0.35)  # logits of the cosines 1 and 0
+    softplus = torch.nn.functional.softplus
+    right = presence_loss(tokens, vocabulary, torch.tensor([[True, False]]))
+    assert right.item() == pytest.approx((softplus(torch.tensor(-near)) + softplus(torch.tensor(far))).item(), rel=1e-4)
+    wrong = presence_loss(tokens, vocabulary, torch.tensor([[False, True]]))
+    assert wrong.item() == pytest.approx((softplus(torch.tensor(near)) + softplus(torch.tensor(-far))).item(), rel=1e-4)
+    nothing = presence_loss(tokens, torch.zeros(0, 2), torch.zeros(1, 0, dtype=torch.bool))
+    assert nothing.item() == 0.0
