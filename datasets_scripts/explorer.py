@@ -18,7 +18,7 @@ from PIL import Image
 
 from mglmm.processing.images import load_image
 from mglmm.processing.rle import decode_mask
-from mglmm.processing.segcap_html import render_html
+from mglmm.processing.segcap_html import render_html, resize_mask
 from mglmm.processing.segcap_plot import display_size, printable
 from mglmm.processing.segment import Segment
 from mglmm.processing.uscdf import (
@@ -223,7 +223,7 @@ def _shown(row: Mapping[str, Any]) -> tuple[Image.Image, str, list[Segment]]:
         raise ValueError("masks and image differ in size")
     size = display_size(image, min(LONG_SIDE, max(image.size)))
     segments = [
-        Segment(mention.phrase, mention.span, _reduced(mask, size), 1.0)
+        Segment(mention.phrase, mention.span, resize_mask(mask, size), 1.0)
         for mention, mask in zip(answer.mentions, found, strict=True)
     ]
     return image.resize(size, Image.Resampling.LANCZOS), answer.clean_text, segments
@@ -238,12 +238,6 @@ def _box_mask(region: Sequence[float], image: Image.Image) -> np.ndarray:
     left, top, right, bottom = (max(0, round(side)) for side in region)
     mask[top:bottom, left:right] = True
     return mask
-
-
-def _reduced(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The mask at (width, height), with at least one pixel where it had one."""
-    cover = np.asarray(Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BOX))
-    return (cover >= min(128, cover.max())) & (cover > 0)
 
 
 def _with_speakers(body: str, roles: Sequence[str]) -> str:

@@ -18,6 +18,8 @@ SPLITS = {"train": "train", "val": "validation"}
 
 
 class HierarchicalCoco(SceneBuilder):
+    LICENSE = "those of the sources named in the column source"
+
     def items(self) -> dict[str, Sequence[Any]]:
         self._tables: JsonTables = self.tables(
             first_existing(self.data_dir, "annotations.json"),

@@ -164,7 +164,7 @@ class AbsentLabels:
             for label, count in labels.items():
                 self.other_source[label] = self.other_source.get(label, 0.0) + count / sum(labels.values())
 
-    def draw(self, rng: random.Random, same_source: float = 0.7) -> Target | None:
+    def draw(self, rng: random.Random, same_source: float = 0.35) -> Target | None:
         """A target without a mask, from the scene's own source with the given probability; `None` if there is none."""
         first, second = self.same_source, self.other_source
         if rng.random() >= same_source:

@@ -89,7 +89,7 @@ def training_turns(
     """
     (task, turns) of the training rows of one image.
 
-    Each variant words anew: a referring conversation of two to four turns, a single referring question (30 % of them for
+    Each variant words anew: a referring conversation of four to eight turns, a single referring question (30 % of them for
     an absent thing), a panoptic description, a fine-grained description of the object with most parts, and in one of six
     a plain caption. `generator(variant, task)` is the randomness of one row.
     """
@@ -120,7 +120,7 @@ def _variant(
     scene: Scene, absent: AbsentLabels, generator: Callable[[str], Random]
 ) -> Iterator[tuple[str, list[Turn]]]:
     rng = generator("conversation")
-    turns = refer(rng, scene.objects, scene.parts, absent.draw, rng.randint(2, 4))
+    turns = refer(rng, scene.objects, scene.parts, absent.draw, rng.randint(4, 8))
     if turns:
         yield "referring", turns
     rng = generator("question")

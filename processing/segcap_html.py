@@ -88,7 +88,7 @@ def render_html(image: Image.Image, caption: str, segments: Sequence[Segment]) -
     order = sorted(range(len(segments)), key=lambda index: -segments[index].area)
     paths = [
         f'<path data-s="{index}"{_whole(index, segments, order)} style="{_colors(index)}" '
-        f'd="{mask_outline(_resize(segments[index].mask, size))}">'
+        f'd="{mask_outline(resize_mask(segments[index].mask, size))}">'
         f"<title>{_escape(segments[index].phrase)} ({segments[index].score:.2f})</title></path>"
         for index in order
     ]
@@ -171,7 +171,7 @@ def _loop_path(corners: np.ndarray) -> str:
     return f"M{points[0, 0]},{points[0, 1]}l{moves}z"
 
 
-def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The mask at (width, height), with at least one pixel where it had one."""
     if mask.shape == size[::-1]:
         return mask

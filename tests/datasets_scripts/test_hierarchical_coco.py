@@ -47,7 +47,7 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
     ("image", "benchmark", "index", "task", "turns", "masks"),
     [
         (
-            2,  # a conversation: absent, one, several (both dogs are one mask)
+            2,  # a conversation: absent, one, several (both dogs are one mask), then nothing is left but the absent
             False,
             0,
             "referring",
@@ -58,6 +58,12 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
                     "Find the dogs and the grass in the picture.",
                     "Sure, <p> the dogs </p> [SEG] and <p> the grass </p> [SEG].",
                 ),
+                (
+                    "I want to cut the coat of the person out of this photo.",
+                    "I looked for the coat of the person, but without success.",
+                ),
+                ("Show the bag with a mask.", "Sorry, I cannot find the bag in this picture."),
+                ("And the trunk?", "Sorry, there is no trunk in this photo."),
             ],
             [(SKY,), DOGS, (GRASS,)],
         ),

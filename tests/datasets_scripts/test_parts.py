@@ -113,8 +113,13 @@ def test_objects_parts_and_parts_of_parts_of_ade20k(ade: Callable[..., Ade20kPar
             {"role": "assistant", "content": "Certainly, <p> the wheel of the car </p> [SEG]."},
             {"role": "user", "content": "Cut out the cars."},
             {"role": "assistant", "content": "Sure, <p> the cars </p> [SEG]."},
+            {"role": "user", "content": "Separate the handle, the door and the sky from the rest of the picture."},
+            {
+                "role": "assistant",
+                "content": "Sure, <p> the handle </p> [SEG], <p> the door </p> [SEG], and <p> the sky </p> [SEG].",
+            },
         ],
-        "masks": [box_rle(SIZE, WHEEL), union(CAR, CAR2)],
+        "masks": [box_rle(SIZE, WHEEL), union(CAR, CAR2), *(box_rle(SIZE, box) for box in (HANDLE, DOOR, SKY))],
         "regions": [],
         "ignore_mask": box_rle(SIZE, UNLABELLED),
     }

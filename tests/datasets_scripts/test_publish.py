@@ -86,7 +86,7 @@ def test_the_way_to_the_hub_and_back(tiny_dataset: Path, rows: Path, tmp_path: P
     assert str(tiny_dataset).encode() not in b"".join([*whole.files.values(), *paths.files.values()])
 
     card = DatasetCard(whole.files["README.md"].decode())
-    assert (card.data.license, card.data.pretty_name) == ("unknown", "photos")
+    assert (card.data.license, card.data.pretty_name) == ("other", "photos")
     assert card.data.size_categories == ["n<1K"] and "image-segmentation" in card.data.task_categories
     assert [config["config_name"] for config in card.data.configs] == ["default", "benchmark"]
     assert {info["config_name"] for info in card.data.dataset_info} == {"default", "benchmark"}
