@@ -36,7 +36,7 @@ class HierarchicalCoco(SceneBuilder):
         orphans = set(self._tables.keys("annotations")) - set(self._tables.keys("images"))
         for orphan in sorted(orphans, key=str):
             self.skipped["annotation of an image that is not listed"] += len(self._tables.get("annotations", orphan))
-        return splits
+        return dict(splits)
 
     def record(self, item: Any) -> Record:
         image = self._tables.one("images", item)

@@ -138,7 +138,8 @@ def read_shapes(shapes: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> t
     Larger shapes are drawn first, so that a smaller one lies upon them: an ignored part of a target, or the reverse.
     Raises `ValueError` if nothing of the target is left.
     """
-    drawn, unused = [], Counter()
+    drawn: list[tuple[str, np.ndarray]] = []
+    unused: Counter[str] = Counter()
     for shape in shapes:
         label = shape["label"].lower()
         if label == "flag":
@@ -305,10 +306,12 @@ def answer_question(rng: Random, question: str, targets: Sequence[MuseTarget], t
 
 def numbered(targets: Sequence[MuseTarget]) -> list[str]:
     """The names of the targets with their categories tagged: "the red <p> cup </p> [SEG]"; equal ones get numbers."""
-    total, seen, result = Counter(target.name for target in targets), Counter(), []
+    total = Counter(target.name for target in targets)
+    seen: Counter[str] = Counter()
+    result = []
     for target in targets:
         seen[target.name] += 1
-        start, end = find_name(target.name, target.category)
+        start, end = find_name(target.name, target.category) or (0, len(target.name))  # `read_target` saw to it
         suffix = f"-{seen[target.name]}" if total[target.name] > 1 else ""
         tagged = render_phrase(target.name[start:end] + suffix)
         result.append(f"{target.name[:start]}{tagged}{target.name[end:]}")

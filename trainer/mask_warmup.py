@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ def phrase_words(
     model: MglmmForConditionalGeneration, processor: MglmmProcessor, phrases: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """Mean input embedding `(hidden,)` of each distinct phrase's tokens, less the mean of the whole vocabulary."""
-    embeddings = model.get_input_embeddings().weight.float()
+    embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight.float()
     mean = embeddings.mean(0)
     words = {}
     for phrase in sorted(set(phrases)):
@@ -163,7 +163,11 @@ class MaskWarmupCollator:
             "seg_states": torch.stack([self.states[phrase] for phrase in phrases]),
             "words": torch.stack([self.words[phrase] for phrase in phrases]),
             "present": torch.tensor(
-                [[word in self.image_words[row["source"], row["image_id"]] for word in self.vocabulary] for row in rows]
+                [
+                    [word in self.image_words[row["source"], row["image_id"]] for word in self.vocabulary]
+                    for row in rows
+                ],
+                dtype=torch.bool,
             ),
             "mask_image_index": torch.tensor(index),
             "mask_labels": torch.cat(labels),
@@ -178,6 +182,8 @@ class MaskWarmup(nn.Module):
     Args:
         vocabulary: `(words, hidden)`, rows of `phrase_words` in the order of the collator's vocabulary.
     """
+
+    vocabulary: torch.Tensor
 
     def __init__(self, model: MglmmForConditionalGeneration, vocabulary: torch.Tensor):
         super().__init__()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 from datasets import Dataset, concatenate_datasets, load_dataset
-from peft import set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
@@ -188,9 +188,8 @@ def warm_up(
         with_masks = dataset.select(np.flatnonzero([len(masks) > 0 for masks in dataset["masks"]]))
         collator = MaskWarmupCollator(processor, states, words, image_words, cache, masks_per_image, args.mask_size)
         vocabulary = phrase_words(model, processor, collator.vocabulary)
-        hidden = model.get_input_embeddings().weight.shape[1]
         rows = [vocabulary[word] for word in collator.vocabulary]
-        wrapper = MaskWarmup(model, torch.stack(rows) if rows else torch.zeros(0, hidden))
+        wrapper = MaskWarmup(model, torch.stack(rows) if rows else torch.zeros(0, len(next(iter(words.values())))))
         trainer = MaskWarmupTrainer(model=wrapper, args=args, train_dataset=with_masks, data_collator=collator)
         trainer.train(resume_from_checkpoint=_last_checkpoint(Path(str(args.output_dir))))
         _write_log(trainer.state.log_history, output_dir, "mask_warmup")
@@ -249,9 +248,12 @@ def run(config: RunConfig) -> Path:
     set_seed(args.seed)  # here, so that LoRA starts alike whether or not the first stage ran in this process
     peft_model = add_adapter(model, args, new_tokens)
     if config.adapter is not None:
-        loaded = set_peft_model_state_dict(peft_model, load_file(Path(config.adapter) / SAFETENSORS_WEIGHTS_NAME))
-        if loaded.unexpected_keys:
-            raise ValueError(f"{config.adapter} holds weights that this run has no place for: {loaded.unexpected_keys}")
+        weights = load_file(Path(config.adapter) / SAFETENSORS_WEIGHTS_NAME)
+        if unknown := sorted(weights.keys() - get_peft_model_state_dict(peft_model).keys()):
+            raise ValueError(
+                f"{config.adapter} holds {len(unknown)} weights that this run does not train: {unknown[:3]} ..."
+            )
+        set_peft_model_state_dict(peft_model, weights)
     collator = MglmmDataCollator(processor, args.mask_size, cache)
     trainer = MglmmTrainer(model=peft_model, args=args, train_dataset=dataset, data_collator=collator)
     trainer.train(resume_from_checkpoint=_last_checkpoint(output_dir))

@@ -220,3 +220,23 @@ def test_datasets_may_give_the_same_id_to_different_pictures(config_file, tmp_pa
     train.main([str(config_file), "--training.max_steps", "5", "--training.train_sampling_strategy", "sequential"])
     assert len(log_of(tmp_path / "run", "training")) == 5  # 8 rows of the first and 2 of the second
     assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 5
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_run_goes_on_from_an_adapter(config_file, tmp_path):
+    """With LoRA on more layers than before: what both know is taken over, the rest starts fresh."""
+    train.main([str(config_file), "--mask_warmup", "null"])
+    first = adapter_of(tmp_path / "run")
+    options = ["--mask_warmup", "null", "--adapter", str(tmp_path / "run"), "--training.max_steps", "1"]
+    options += ["--training.learning_rate", "1e-9", "--training.mask_learning_rate", "1e-9"]
+    wider = ["--training.lora_target", r".*\.language_model\..*\.(q|k|v)_proj"]
+    train.main([str(config_file), *options, *wider, "--training.output_dir", str(tmp_path / "wider")])
+    second = adapter_of(tmp_path / "wider")
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-6, rtol=0)
+    fresh = second.keys() - first.keys()
+    assert fresh and all(".k_proj." in name for name in fresh)
+
+    options[3] = str(tmp_path / "wider")
+    with pytest.raises(ValueError, match="weights that this run does not train"):
+        train.main([str(config_file), *options, "--training.output_dir", str(tmp_path / "narrower")])
