@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from . import templates
+from . import phrase_templates
 from .builder import Row, UscdfBuilder, make_row, reason_of
 from .conversations import Turn
 from .layouts import FLICKR_IMAGES, SplitPatterns, coco_images, split_sources
@@ -80,7 +80,7 @@ class GroundedCaptionBuilder(UscdfBuilder):
             self.skipped["phrase that overlaps a longer one"] += len(spans) - len(masks)
         for variant in range(self.config.variants if split == "train" else 1):
             rng = self.generator(self.SOURCE, split, key, variant)
-            turn = Turn(loosen(rng, choose(rng, templates.GROUNDED_CAPTION_QUESTIONS)), answer, masks)
+            turn = Turn(loosen(rng, choose(rng, phrase_templates.GROUNDED_CAPTION_QUESTIONS)), answer, masks)
             yield make_row(caption.path, caption.path.stem, self.SOURCE, "grounded_caption", [turn], size=caption.size)
 
 

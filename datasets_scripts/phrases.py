@@ -13,7 +13,7 @@ from typing import Any
 
 from mglmm.processing.uscdf import CONTROL_TOKENS, REGION_TOKEN, escape_control_tokens, render_list, render_phrase
 
-from . import templates
+from . import phrase_templates, templates
 from .conversations import Turn, listed
 from .templates import choose, loosen
 
@@ -73,9 +73,9 @@ def clean_phrase(text: str) -> str:
 def ask_for_expression(rng: random.Random, expression: Expression) -> Turn:
     """One expression: its mask, or a refusal that names it."""
     phrase = clean_phrase(expression.text)
-    question = loosen(rng, choose(rng, templates.EXPRESSION_QUESTIONS).format(x=phrase))
+    question = loosen(rng, choose(rng, phrase_templates.EXPRESSION_QUESTIONS).format(x=phrase))
     if expression.mask is None:
-        answer = choose(rng, templates.ABSENT_EXPRESSION_ANSWERS, first=0.4)
+        answer = choose(rng, phrase_templates.ABSENT_EXPRESSION_ANSWERS, first=0.4)
         return Turn(question, answer.format(y=f'"{phrase}"'))
     answer = choose(rng, templates.PRESENT_ANSWERS, first=0.6).format(p=render_phrase(phrase))
     return Turn(question, answer, (expression.mask,))
@@ -85,13 +85,13 @@ def ask_for_expressions(rng: random.Random, expressions: Sequence[Expression]) -
     """One question for several expressions, in their order; those that nothing fits are refused by name after the others."""
     phrases = [clean_phrase(expression.text) for expression in expressions]
     quoted = [f'"{phrase}"' for phrase in phrases]
-    question = loosen(rng, choose(rng, templates.SEVERAL_EXPRESSIONS_QUESTIONS).format(x=listed(quoted)))
+    question = loosen(rng, choose(rng, phrase_templates.SEVERAL_EXPRESSIONS_QUESTIONS).format(x=listed(quoted)))
     masks = tuple(expression.mask for expression in expressions if expression.mask is not None)
     present = [phrase for phrase, e in zip(phrases, expressions, strict=True) if e.mask is not None]
     absent = [name for name, e in zip(quoted, expressions, strict=True) if e.mask is None]
     if not present:
         return Turn(
-            question, choose(rng, templates.ABSENT_EXPRESSION_ANSWERS, first=0.4).format(y=listed(absent, "or"))
+            question, choose(rng, phrase_templates.ABSENT_EXPRESSION_ANSWERS, first=0.4).format(y=listed(absent, "or"))
         )
     answers = templates.SEVERAL_ANSWERS if len(present) > 1 else templates.PRESENT_ANSWERS
     answer = choose(rng, answers, first=0.6).format(p=render_list(present))

@@ -27,7 +27,7 @@ import PIL.ImageDraw
 from mglmm.processing.rle import encode_mask
 from mglmm.processing.uscdf import render_phrase
 
-from . import templates
+from . import phrase_templates, templates
 from .builder import Row, UscdfBuilder, make_row, reason_of
 from .conversations import Turn, listed
 from .layouts import coco_images
@@ -56,17 +56,6 @@ GENERAL = frozenset(
     "answer reason one question background foreground following".split()
 )
 NAMELESS = "the target"
-
-MUSE_TAILS: tuple[str, ...] = (
-    "{s}",
-    "{s} Answer with masks.",
-    "{s} Give a mask for each thing that you name.",
-    "{s} Mark what you mention.",
-    "{s} Please segment everything that belongs to the answer.",
-    "{s} Reply with segmentation masks.",
-    "{s} Point out each of them with a mask.",
-    "{s} Show me the masks.",
-)
 
 
 class ReasonSeg(UscdfBuilder):
@@ -173,11 +162,11 @@ def ask_with_reason(rng: Random, text: str, is_sentence: bool, mask: Rle, explan
     if not explanation or WORDS_ONLY <= draw < (1 + WORDS_ONLY) / 2:
         if not is_sentence:
             return ask_for_expression(rng, Expression(text, mask))
-        tails, reason = templates.REASONING_TAILS, ""
+        tails, reason = phrase_templates.REASONING_TAILS, ""
     elif draw < WORDS_ONLY:
-        return Turn(choose(rng, templates.EXPLANATION_QUESTIONS).format(s=as_sentence(text)), explanation)
+        return Turn(choose(rng, phrase_templates.EXPLANATION_QUESTIONS).format(s=as_sentence(text)), explanation)
     else:
-        tails, reason = templates.EXPLAIN_TAILS, f" {explanation}"
+        tails, reason = phrase_templates.EXPLAIN_TAILS, f" {explanation}"
     name = name_in(explanation) if is_sentence else clean_phrase(text)
     answer = choose(rng, templates.PRESENT_ANSWERS, first=0.6).format(p=render_phrase(name))
     return Turn(loosen(rng, choose(rng, tails).format(s=as_sentence(text))), answer + reason, (mask,))
@@ -296,7 +285,9 @@ def read_target(target: Mapping[str, Any], size: tuple[int, int]) -> MuseTarget:
 
 
 def answer_question(rng: Random, question: str, targets: Sequence[MuseTarget], text: str | None) -> Turn:
-    question = loosen(rng, choose(rng, MUSE_TAILS, first=0.3).format(s=as_sentence(question)))
+    question = loosen(
+        rng, choose(rng, phrase_templates.SEVERAL_TARGETS_TAILS, first=0.3).format(s=as_sentence(question))
+    )
     if text and (found := read_text_answer(text, targets)):
         return Turn(question, *found)
     answers = templates.SEVERAL_ANSWERS if len(targets) > 1 else templates.PRESENT_ANSWERS

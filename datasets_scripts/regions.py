@@ -22,7 +22,7 @@ from typing import Any
 
 from mglmm.processing.uscdf import REGION_TOKEN
 
-from . import templates
+from . import phrase_templates
 from .builder import Row, UscdfBuilder, make_row, reason_of
 from .conversations import Turn, listed
 from .layouts import FLICKR_IMAGES, SplitPatterns, coco_images, flickr_annotations, split_sources
@@ -74,7 +74,9 @@ def checked_size(path: Path, image: Mapping[str, Any]) -> tuple[int, int]:
     return size
 
 
-def region_turn(rng: Random, box: Box, text: str, questions: tuple[str, ...] = templates.REGION_QUESTIONS) -> Turn:
+def region_turn(
+    rng: Random, box: Box, text: str, questions: tuple[str, ...] = phrase_templates.REGION_QUESTIONS
+) -> Turn:
     return Turn(loosen(rng, choose(rng, questions)), text, regions=(box,))
 
 
@@ -85,7 +87,7 @@ class RegionBuilder(UscdfBuilder):
     """
 
     SPLITS: SplitPatterns = {}
-    QUESTIONS: tuple[str, ...] = templates.REGION_QUESTIONS
+    QUESTIONS: tuple[str, ...] = phrase_templates.REGION_QUESTIONS
 
     def items(self) -> dict[str, Sequence[Any]]:
         self._sources: dict[str, tuple[JsonTables, Path]] = {}
@@ -223,7 +225,9 @@ class Flickr30kEntities(UscdfBuilder):
             chosen = rng.sample(regions, min(len(regions), MAX_BOXES))
             turns = [region_turn(rng, box, phrase) for box, phrase in chosen]
             if len(chosen) > 1:
-                question = choose(rng, templates.REGIONS_QUESTIONS).format(x=listed([REGION_TOKEN] * len(chosen)))
+                question = choose(rng, phrase_templates.REGIONS_QUESTIONS).format(
+                    x=listed([REGION_TOKEN] * len(chosen))
+                )
                 turns.insert(0, Turn(loosen(rng, question), sentence, regions=tuple(box for box, _ in chosen)))
             for group in [turns] if split == "train" else [[turn] for turn in turns]:
                 yield make_row(path, path.stem, self.SOURCE, "region", group, size=size)

@@ -97,7 +97,7 @@ def test_a_training_image_gets_another_caption_in_each_variant(write: Callable[.
         "source": "coco_captions",
         "task": "caption",
         "messages": [
-            {"role": "user", "content": "<image>\nGive a short caption, without masks"},
+            {"role": "user", "content": "<image>\nPlease summarise the picture"},
             {"role": "assistant", "content": "The cat naps"},
         ],
         "masks": [],
@@ -117,7 +117,7 @@ def test_the_captions_of_a_validation_image_answer_one_question(write: Callable[
     rows = builder.usable_rows(("validation", CAT))
     assert [row["messages"] for row in rows] == [
         [
-            {"role": "user", "content": "<image>\nWhat is this a photo of?"},
+            {"role": "user", "content": "<image>\nDescribe the scene in short."},
             {"role": "assistant", "content": caption},
         ]
         for caption in ("A cat sits.", "The cat naps")

@@ -122,7 +122,7 @@ def test_a_human_annotated_caption(write: Callable[..., UscdfBuilder]) -> None:
         "source": "grandf_human",
         "task": "grounded_caption",
         "messages": [
-            {"role": "user", "content": "<image>\nDescribe the image and mark everything you mention."},
+            {"role": "user", "content": "<image>\nCould you describe this scene with a mask for each phrase?"},
             {
                 "role": "assistant",
                 "content": "<p> A man in a red hat </p> [SEG] walks <p> his dog </p> [SEG].",
@@ -311,7 +311,7 @@ def test_a_flickr_caption(write: Callable[..., UscdfBuilder]) -> None:
     builder.skipped.clear()
     (row,) = builder.usable_rows(("train", 3))
     assert row["messages"] == [
-        {"role": "user", "content": "<image>\nCould you describe this scene with a mask for each phrase?"},
+        {"role": "user", "content": "<image>\nWrite about this picture and segment the things you write about."},
         {
             "role": "assistant",
             "content": "<p> A man </p> [SEG] in <p> a red hat </p> [SEG] walks <p> his dog </p> [SEG].",
@@ -374,7 +374,7 @@ def test_a_refcocog_caption(write: Callable[..., UscdfBuilder]) -> None:
     builder.skipped.clear()
     (row,) = builder.usable_rows(("train", 0))
     assert row["messages"] == [
-        {"role": "user", "content": "<image>\ncould you describe this scene with a mask for each phrase?"},
+        {"role": "user", "content": "<image>\nwhat can you see? answer with masks in the text."},
         {
             "role": "assistant",
             "content": "<p> a man </p> [SEG] in a <p> red hat </p> [SEG] walks <p> his dog </p> [SEG].",

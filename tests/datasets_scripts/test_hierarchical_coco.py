@@ -141,7 +141,7 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
             False,
             12,
             "caption",
-            [("Give a short caption, without masks.", "The photo shows a car.")],
+            [("Please summarise the picture.", "The photo shows a car.")],
             [],
         ),
         (

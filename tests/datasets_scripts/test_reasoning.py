@@ -69,7 +69,7 @@ def test_a_training_image_is_a_row_for_each_way_to_ask(reasonseg: Callable[..., 
         "source": "reasonseg",
         "task": "reasoning",
         "messages": [
-            {"role": "user", "content": "<image>\nWhat keeps the sun off? I need its mask."},
+            {"role": "user", "content": "<image>\nWhat keeps the sun off? Return the mask of what you mean."},
             {"role": "assistant", "content": "Certainly, <p> the target </p> [SEG]."},
         ],
         "masks": [box_rle(SIZE, HAT)],
@@ -77,7 +77,7 @@ def test_a_training_image_is_a_row_for_each_way_to_ask(reasonseg: Callable[..., 
         "ignore_mask": box_rle(SIZE, DOG),
     }
     assert second["messages"] == [
-        {"role": "user", "content": "<image>\nwhich thing gives shade. show me the mask."},
+        {"role": "user", "content": "<image>\nwhich thing gives shade. could you outline what fits?"},
         {"role": "assistant", "content": "Sure, <p> the target </p> [SEG]."},
     ]
     assert builder.skipped == {"split validation without a folder": 1, "split test without a folder": 1}

@@ -328,7 +328,7 @@ def test_a_sentence_and_the_phrases_of_its_boxes(write: Callable[..., UscdfBuild
         "source": "flickr30k_entities",
         "task": "region",
         "messages": [
-            {"role": "user", "content": "<image>\nWhat is going on between <region> and <region>?"},
+            {"role": "user", "content": "<image>\nWrite one sentence about <region> and <region>."},
             {"role": "assistant", "content": CAPTION},
             {"role": "user", "content": "Describe <region>."},
             {"role": "assistant", "content": "Two men"},
