@@ -63,12 +63,9 @@ def test_a_training_image_is_a_conversation(muse: Callable[..., Muse]) -> None:
         "source": "muse",
         "task": "reasoning",
         "messages": [
-            {
-                "role": "user",
-                "content": "<image>\nWhat can I wear? Please segment everything that belongs to the answer.",
-            },
+            {"role": "user", "content": "<image>\nWhat can I wear? Name them, and give their masks."},
             {"role": "assistant", "content": "Sure, <p> straw hat </p> [SEG]."},
-            {"role": "user", "content": "What plays with what? Please segment everything that belongs to the answer."},
+            {"role": "user", "content": "What plays with what?"},
             {"role": "assistant", "content": "A <p> dog </p> [SEG] plays with the {red} <p> balls </p> [SEG]."},
         ],
         "masks": [box_rle(SIZE, box) for box in (HAT, DOG, BALL)],
