@@ -14,7 +14,6 @@ Layouts, below the data folder or in the sub-folder that the published code give
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -23,28 +22,17 @@ from mglmm.processing.uscdf import IMAGE_TOKEN
 from . import templates
 from .builder import Row, UscdfBuilder, make_row, reason_of
 from .conversations import Turn
-from .layouts import FLICKR_IMAGES, SplitPatterns, coco_images, flickr_annotations, split_sources
+from .layouts import FLICKR_IMAGES, SplitPatterns, SplitTables, coco_images, flickr_annotations, split_sources
 from .phrases import clean_caption, clean_lines
-from .sources import JsonTables, inside
+from .sources import inside
 from .templates import choose, loosen
 
 
-class CaptionBuilder(UscdfBuilder):
+class CaptionBuilder(SplitTables):
     """
     COCO-style captions. In train each variant takes another caption of the image; in the other splits every caption is a
     row, and those of one image share the question, so that they are references of one answer.
     """
-
-    SPLITS: SplitPatterns = {}
-
-    def items(self) -> dict[str, Sequence[Any]]:
-        self._sources: dict[str, tuple[JsonTables, Path]] = {}
-        items: dict[str, Sequence[Any]] = {}
-        for split, (file, folder) in split_sources(self, self.SPLITS).items():
-            tables = self.tables(file, images=("images.item", "id"), annotations=("annotations.item", "image_id"))
-            self._sources[split] = tables, folder
-            items[split] = [(split, key) for key in tables.keys("images")]
-        return items
 
     def rows(self, item: tuple[str, Any]) -> Iterator[Row]:
         split, key = item

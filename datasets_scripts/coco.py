@@ -27,12 +27,12 @@ from mglmm.processing.rle import decode_mask, encode_mask
 
 from .builder import reason_of
 from .labels import readable
-from .layouts import SplitPatterns, coco_images, split_sources
+from .layouts import SplitPatterns, coco_images
 from .masks import Rle, read_index_image, rle_of, rles_of_values, union
 from .scene import Label
 from .scene_builder import Record
-from .semantic import LabelledScenes
-from .sources import JsonTables, first_existing, inside
+from .semantic import CategorisedScenes
+from .sources import first_existing, inside
 
 ROOTS = ("", "coco/", "coco_2017/", "cocopanoptic/")
 UNLABELLED = 0
@@ -55,27 +55,10 @@ def _patterns(*names: str) -> SplitPatterns:
     }
 
 
-class CocoScenes(LabelledScenes):
+class CocoScenes(CategorisedScenes):
     """What both have in common."""
 
     LICENSE = "annotations: CC-BY-4.0; images: COCO, each under its own Flickr licence"
-    SPLITS: SplitPatterns = {}
-
-    def items(self) -> dict[str, Sequence[Any]]:
-        self._sources: dict[str, tuple[JsonTables, Path]] = {}
-        self._categories: dict[str, dict[int, Mapping[str, Any]]] = {}
-        self._splits: dict[str, list[Any]] = {}
-        for split, (file, folder) in split_sources(self, self.SPLITS).items():
-            tables = self.tables(
-                file,
-                images=("images.item", "id"),
-                annotations=("annotations.item", "image_id"),
-                categories=("categories.item", "id"),
-            )
-            self._sources[split] = tables, folder
-            self._categories[split] = dict(tables.all("categories"))
-            self._splits[split] = [(split, number) for number in tables.keys("images")]
-        return dict(self._splits)
 
     def segments(self, item: tuple[str, int]) -> list[Mapping[str, Any]]:
         """What is annotated in an image: `category_id`, `iscrowd` and what `masks` needs."""

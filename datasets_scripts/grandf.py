@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from . import phrase_templates
-from .builder import Row, UscdfBuilder, make_row, reason_of
+from .builder import Row, make_row, reason_of
 from .conversations import Turn
-from .layouts import FLICKR_IMAGES, SplitPatterns, coco_images, split_sources
+from .layouts import FLICKR_IMAGES, SplitTables, coco_images
 from .masks import rle_of, union
 from .phrases import Rle, Span, grounded, unquote
 from .sources import JsonTables, check_image_size, displayed_size, inside
@@ -48,24 +48,14 @@ class GroundedCaption:
     spans: Sequence[Span]
 
 
-class GroundedCaptionBuilder(UscdfBuilder):
+class GroundedCaptionBuilder(SplitTables):
     """A subclass defines where its files lie, what to keep of them (`TABLES`, the first being the items) and `caption`."""
 
     LICENSE = "apache-2.0 (annotations), terms of use of the images' sources"
-    SPLITS: ClassVar[SplitPatterns]
-    TABLES: ClassVar[Mapping[str, tuple[str, str]]] = {"entries": ("item", "")}
+    TABLES = {"entries": ("item", "")}
 
     def caption(self, tables: JsonTables, folder: Path, key: Any) -> GroundedCaption:
         raise NotImplementedError
-
-    def items(self) -> dict[str, Sequence[Any]]:
-        self._sources: dict[str, tuple[JsonTables, Path]] = {}
-        items: dict[str, Sequence[Any]] = {}
-        for split, (file, folder) in split_sources(self, self.SPLITS).items():
-            tables = self.tables(file, **self.TABLES)
-            self._sources[split] = tables, folder
-            items[split] = [(split, key) for key in tables.keys(next(iter(self.TABLES)))]
-        return items
 
     def rows(self, item: Any) -> Iterator[Row]:
         split, key = item

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 from .builder import UscdfBuilder
-from .sources import first_existing, inside
+from .sources import JsonTables, first_existing, inside
 
 SplitPatterns = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 """Split -> where its annotation file may lie, and where its image folder."""
@@ -67,3 +68,22 @@ def inside_any(folders: Sequence[Path], *names: str) -> Path:
             except ValueError as error:
                 problem = error
     raise problem
+
+
+class SplitTables(UscdfBuilder):
+    """Families of which each split is one JSON file, read as `TABLES`, and one image folder; the first table has the items."""
+
+    SPLITS: ClassVar[SplitPatterns] = {}
+    TABLES: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "images": ("images.item", "id"),
+        "annotations": ("annotations.item", "image_id"),
+    }
+
+    def items(self) -> dict[str, Sequence[Any]]:
+        self._sources: dict[str, tuple[JsonTables, Path]] = {}
+        items: dict[str, Sequence[Any]] = {}
+        for split, (file, folder) in split_sources(self, self.SPLITS).items():
+            tables = self.tables(file, **self.TABLES)
+            self._sources[split] = tables, folder
+            items[split] = [(split, key) for key in tables.keys(next(iter(self.TABLES)))]
+        return items

@@ -30,12 +30,12 @@ from mglmm.processing.rle import encode_mask
 from .builder import reason_of
 from .conversations import Target, Turn, describe_parts
 from .labels import readable
-from .layouts import SplitPatterns, coco_images, split_sources
+from .layouts import coco_images
 from .masks import Rle, read_index_image, rle_of, union
 from .scene import AbsentLabels, Label, Scene, Vocabulary
 from .scene_builder import Record
-from .semantic import LabelledScenes
-from .sources import JsonTables, first_existing, inside, read_json
+from .semantic import CategorisedScenes, LabelledScenes
+from .sources import first_existing, inside, read_json
 
 ADE_ROOTS = ("", "ADE20K_2021_17_01/", "ade20k/", "dataset/ADE20K_2021_17_01/")
 NO_CLASS = 0
@@ -187,26 +187,11 @@ def _annotation(number: Any, label: str, level: str, parent: Any, rle: Rle, *, a
     }
 
 
-class PartAnnotations(LabelledScenes):
+class PartAnnotations(CategorisedScenes):
     """COCO-style JSON whose categories are objects and parts of objects."""
 
-    SPLITS: SplitPatterns = {}
-
-    def items(self) -> dict[str, Sequence[Any]]:
-        self._sources: dict[str, tuple[JsonTables, Path]] = {}
-        self._categories: dict[str, dict[int, tuple[str, str]]] = {}
-        self._splits: dict[str, list[Any]] = {}
-        for split, (file, folder) in split_sources(self, self.SPLITS).items():
-            tables = self.tables(
-                file,
-                images=("images.item", "id"),
-                annotations=("annotations.item", "image_id"),
-                categories=("categories.item", "id"),
-            )
-            self._sources[split] = tables, folder
-            self._categories[split] = {key: category_names(each["name"]) for key, each in tables.all("categories")}
-            self._splits[split] = [(split, number) for number in tables.keys("images")]
-        return dict(self._splits)
+    def category(self, entry: Mapping[str, Any]) -> tuple[str, str]:
+        return category_names(entry["name"])
 
     def labels(self, item: tuple[str, int]) -> Iterable[Label]:
         split, number = item
@@ -262,7 +247,7 @@ class PacoLvis(PartAnnotations):
 
     SOURCE = "paco_lvis"
     LICENSE = "annotations: MIT (PACO), CC-BY-4.0 (LVIS); images: COCO, each under its own Flickr licence"
-    SPLITS: SplitPatterns = {
+    SPLITS = {
         split: (
             tuple(
                 f"{root}{folder}paco_lvis_v1_{part}.json"
@@ -321,7 +306,7 @@ class PascalPart(PartAnnotations):
 
     SOURCE = "pascal_part"
     LICENSE = "annotations: research use (PASCAL-Part); images: Flickr terms of use"
-    SPLITS: SplitPatterns = {
+    SPLITS = {
         split: (
             tuple(
                 f"{root}{name}.json"

@@ -23,9 +23,9 @@ from typing import Any
 from mglmm.processing.uscdf import REGION_TOKEN
 
 from . import phrase_templates
-from .builder import Row, UscdfBuilder, make_row, reason_of
+from .builder import Row, make_row, reason_of
 from .conversations import Turn, listed
-from .layouts import FLICKR_IMAGES, SplitPatterns, coco_images, flickr_annotations, split_sources
+from .layouts import FLICKR_IMAGES, SplitPatterns, SplitTables, coco_images, flickr_annotations
 from .phrases import clean, clean_caption
 from .sources import JsonTables, check_image_size, displayed_size, inside
 from .templates import choose, loosen
@@ -80,26 +80,15 @@ def region_turn(
     return Turn(loosen(rng, choose(rng, questions)), text, regions=(box,))
 
 
-class RegionBuilder(UscdfBuilder):
+class RegionBuilder(SplitTables):
     """
     One question for each box. All boxes of an image are used, up to `MAX_BOXES` in a row of train and one in a row of the
     other splits; boxes with several texts come back in another row.
     """
 
-    SPLITS: SplitPatterns = {}
+    # By file name, because many files have one entry per expression or box of an image.
+    TABLES = {"images": ("images.item", "file_name"), "annotations": ("annotations.item", "image_id")}
     QUESTIONS: tuple[str, ...] = phrase_templates.REGION_QUESTIONS
-
-    def items(self) -> dict[str, Sequence[Any]]:
-        self._sources: dict[str, tuple[JsonTables, Path]] = {}
-        items: dict[str, Sequence[Any]] = {}
-        for split, (file, folder) in split_sources(self, self.SPLITS).items():
-            # By file name, because many files have one entry per expression or box of an image.
-            tables = self.tables(
-                file, images=("images.item", "file_name"), annotations=("annotations.item", "image_id")
-            )
-            self._sources[split] = tables, folder
-            items[split] = [(split, name) for name in tables.keys("images")]
-        return items
 
     def rows(self, item: Any) -> Iterator[Row]:
         split, name = item
@@ -185,24 +174,15 @@ class RefcocoPlusRegions(RefcocoRegions):
     SPLITS = _mdetr_splits("refcoco+", train=("train",), validation=("val",), testA=("testA",), testB=("testB",))
 
 
-class Flickr30kEntities(UscdfBuilder):
+class Flickr30kEntities(SplitTables):
     """A sentence about all of its boxes in one question, then the phrase of each box; in train as one conversation."""
 
     SOURCE = "flickr30k_entities"
     LICENSE = "non-commercial research (annotations), Flickr terms of use (images)"
-    SPLITS: SplitPatterns = {
+    SPLITS = {
         split: (flickr_annotations(part), FLICKR_IMAGES)
         for split, part in (("train", "train"), ("validation", "val"), ("test", "test"))
     }
-
-    def items(self) -> dict[str, Sequence[Any]]:
-        self._sources: dict[str, tuple[JsonTables, Path]] = {}
-        items: dict[str, Sequence[Any]] = {}
-        for split, (file, folder) in split_sources(self, self.SPLITS).items():
-            tables = self.tables(file, images=("images.item", "id"), annotations=("annotations.item", "image_id"))
-            self._sources[split] = tables, folder
-            items[split] = [(split, key) for key in tables.keys("images")]
-        return items
 
     def rows(self, item: Any) -> Iterator[Row]:
         split, key = item

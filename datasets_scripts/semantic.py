@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from .labels import readable
-from .layouts import SplitPatterns, coco_images, split_sources
+from .layouts import SplitPatterns, SplitTables, coco_images, split_sources
 from .masks import Rle, read_index_image, rles_of_values, union
 from .scene import Label, Vocabulary
 from .scene_builder import Record, SceneBuilder
@@ -99,6 +99,8 @@ VISTAS_RENAMED = {
 class LabelledScenes(SceneBuilder):
     """What scene families of one source and of any size share. A subclass keeps its splits in `_splits` when it lists its items."""
 
+    _splits: Mapping[str, Sequence[Any]]
+
     def labels(self, item: Any) -> Iterable[Label]:
         """The labels of an item, without reading its image."""
         raise NotImplementedError
@@ -112,6 +114,24 @@ class LabelledScenes(SceneBuilder):
             except (KeyError, TypeError, AttributeError, IndexError, ValueError, OSError):
                 continue  # `rows` says what is wrong with it
         return {self.SOURCE: dict(sorted(counts.items()))}
+
+
+class CategorisedScenes(SplitTables, LabelledScenes):
+    """Families in COCO's JSON with categories."""
+
+    TABLES = {**SplitTables.TABLES, "categories": ("categories.item", "id")}
+
+    def category(self, entry: Mapping[str, Any]) -> Any:
+        """What to keep of an entry of `categories`."""
+        return entry
+
+    def items(self) -> dict[str, Sequence[Any]]:
+        self._splits = super().items()
+        self._categories: dict[str, dict[int, Any]] = {
+            split: {number: self.category(entry) for number, entry in tables.all("categories")}
+            for split, (tables, _) in self._sources.items()
+        }
+        return self._splits
 
 
 class ClassMaps(LabelledScenes):
@@ -130,7 +150,7 @@ class ClassMaps(LabelledScenes):
     def items(self) -> dict[str, Sequence[Any]]:
         self._classes, self._void = self.classes(), self.void()
         self._folders: dict[str, tuple[Path, Path]] = split_sources(self, self.SPLITS)
-        self._splits: dict[str, list[Any]] = {
+        self._splits = {
             split: [(split, path.stem) for path in sorted(maps.glob("*.png"))]
             for split, (maps, _) in self._folders.items()
         }

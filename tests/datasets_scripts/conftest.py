@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mglmm.datasets_scripts.builder import make_row
+from mglmm.datasets_scripts.builder import UscdfBuilder, make_row
 from mglmm.datasets_scripts.hierarchical_coco import HierarchicalCoco
 from mglmm.datasets_scripts.scene import AbsentLabels, read_scene
 from mglmm.datasets_scripts.scene_builder import benchmark_turns, training_turns
@@ -22,6 +22,12 @@ def box_rle(size: tuple[int, int], box: tuple[int, int, int, int]) -> dict:
     mask = np.zeros(size, dtype=bool)
     mask[box[1] : box[3], box[0] : box[2]] = True
     return encode_mask(mask)
+
+
+def polygon(box: tuple[int, int, int, int]) -> list[int]:
+    """The outline of a box (xyxy) as COCO writes polygons."""
+    left, top, right, bottom = box
+    return [left, top, right, top, right, bottom, left, bottom]
 
 
 def scene_rows(
@@ -108,6 +114,30 @@ def hierarchical(tmp_path: Path) -> Callable[..., HierarchicalCoco]:
 
     def build(data_dir: Path, **options: Any) -> HierarchicalCoco:
         return HierarchicalCoco(cache_dir=str(tmp_path / "cache"), data_dir=str(data_dir), **options)
+
+    return build
+
+
+@pytest.fixture
+def write_family(tmp_path: Path) -> Callable[..., UscdfBuilder]:
+    """Writes JSON files and empty images of height 40 and width 60, and returns the builder of a family."""
+
+    def build(
+        kind: type[UscdfBuilder],
+        files: dict[str, Any],
+        *images: str,
+        size: tuple[int, int] = (40, 60),
+        **options: Any,
+    ) -> UscdfBuilder:
+        for name in images:
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.new("RGB", size[::-1]).save(path)
+        for name, content in files.items():
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+        return kind(cache_dir=str(tmp_path / "cache"), data_dir=str(tmp_path / "data"), **options)
 
     return build
 

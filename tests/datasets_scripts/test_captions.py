@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import pytest
 
 from mglmm.datasets_scripts.builder import UscdfBuilder
@@ -60,34 +59,14 @@ def conversation(*values: str, first: str = "human") -> list[dict[str, str]]:
     return [{"from": roles[number % 2], "value": value} for number, value in enumerate(values)]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., UscdfBuilder]:
-    """Writes JSON files and empty images below the data folder and returns the builder of a family."""
-
-    def build(
-        kind: type[UscdfBuilder], files: dict[str, Any], images: tuple[str, ...] = (), **options: Any
-    ) -> UscdfBuilder:
-        for name in images:
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            PIL.Image.new("RGB", (60, 40)).save(path)
-        for name, content in files.items():
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content))
-        return kind(cache_dir=str(tmp_path / "cache"), data_dir=str(tmp_path / "data"), **options)
-
-    return build
-
-
 def said(rows: list[dict]) -> list[str]:
     return [row["messages"][1]["content"] for row in rows]
 
 
-def test_a_training_image_gets_another_caption_in_each_variant(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_training_image_gets_another_caption_in_each_variant(write_family: Callable[..., UscdfBuilder]) -> None:
     content = coco({CAT: ["A cat sits.\n", "  The  cat naps", "Cat on a TV."], DOG: ["A dog"]})
     images = ("coco/train2017/000000000139.jpg", "coco/train2017/000000000285.jpg")
-    builder = write(CocoCaptions, {"coco/annotations/captions_train2017.json": content}, images, variants=4)
+    builder = write_family(CocoCaptions, {"coco/annotations/captions_train2017.json": content}, *images, variants=4)
     assert builder.split_items() == {"train": [("train", CAT), ("train", DOG)]}
     assert builder.skipped == {"split validation without annotations or images": 1}
     rows = builder.usable_rows(("train", CAT))
@@ -108,11 +87,11 @@ def test_a_training_image_gets_another_caption_in_each_variant(write: Callable[.
     assert said(rows)[3] == said(rows)[0]  # one more variant than captions
 
 
-def test_the_captions_of_a_validation_image_answer_one_question(write: Callable[..., UscdfBuilder]) -> None:
+def test_the_captions_of_a_validation_image_answer_one_question(write_family: Callable[..., UscdfBuilder]) -> None:
     # The published code draws one of them at random, in validation too.
     content = coco({CAT: ["A cat sits.", "The cat naps"]})
     files = {"annotations/captions_val2017.json": content}
-    builder = write(CocoCaptions, files, ("val2017/000000000139.jpg",), variants=3)
+    builder = write_family(CocoCaptions, files, "val2017/000000000139.jpg", variants=3)
     builder.split_items()
     rows = builder.usable_rows(("validation", CAT))
     assert [row["messages"] for row in rows] == [
@@ -136,16 +115,16 @@ def test_the_captions_of_a_validation_image_answer_one_question(write: Callable[
     ],
 )
 def test_layouts_of_coco_captions(
-    write: Callable[..., UscdfBuilder], kind: type[UscdfBuilder], file: str, image: str
+    write_family: Callable[..., UscdfBuilder], kind: type[UscdfBuilder], file: str, image: str
 ) -> None:
-    builder = write(kind, {file: coco({CAT: ["A cat."]})}, (f"{image}/000000000139.jpg",))
+    builder = write_family(kind, {file: coco({CAT: ["A cat."]})}, f"{image}/000000000139.jpg")
     assert builder.split_items() == {"validation": [("validation", CAT)]}
     (row,) = builder.usable_rows(("validation", CAT))
     assert (row["image"], row["source"]) == (str(builder.data_dir / image / "000000000139.jpg"), kind.SOURCE)
 
 
 @pytest.mark.parametrize("root", ["flickr_30k", "flikcr_30k", "."])  # MGLMM, GLaMM, the folder itself
-def test_flickr30k_has_an_entry_for_each_sentence(write: Callable[..., UscdfBuilder], root: str) -> None:
+def test_flickr30k_has_an_entry_for_each_sentence(write_family: Callable[..., UscdfBuilder], root: str) -> None:
     files = {
         f"{root}/mdetr_annotations/final_flickr_mergedGT_train.json": sentences(("36979.jpg", "Two men in a garden .")),
         f"{root}/mdetr_annotations/final_flickr_mergedGT_val.json": sentences(
@@ -155,7 +134,7 @@ def test_flickr30k_has_an_entry_for_each_sentence(write: Callable[..., UscdfBuil
     }
     images = tuple(f"{root}/images/{name}.jpg" for name in (36979, 65567, 1007129816))
     # Another data set in the same folder does not hide the photographs.
-    builder = write(Flickr30kCaptions, files, (*images, "images/other.jpg"))
+    builder = write_family(Flickr30kCaptions, files, *images, "images/other.jpg")
     items = builder.split_items()
     assert items == {
         "train": [("train", 0)],
@@ -185,10 +164,10 @@ def test_flickr30k_has_an_entry_for_each_sentence(write: Callable[..., UscdfBuil
     ],
 )
 def test_broken_captions_are_counted(
-    write: Callable[..., UscdfBuilder], captions: list, name: str, reasons: dict[str, int], left: int
+    write_family: Callable[..., UscdfBuilder], captions: list, name: str, reasons: dict[str, int], left: int
 ) -> None:
     content = coco({CAT: captions}, **({"i139": name} if name else {}))
-    builder = write(CocoCaptions, {"annotations/captions_val2017.json": content}, ("val2017/000000000139.jpg",))
+    builder = write_family(CocoCaptions, {"annotations/captions_val2017.json": content}, "val2017/000000000139.jpg")
     builder.split_items()
     builder.skipped.clear()
     assert len(builder.usable_rows(("validation", CAT))) == left
@@ -198,10 +177,10 @@ def test_broken_captions_are_counted(
         assert count == reasons[reason]
 
 
-def test_a_missing_image_field_and_a_broken_image_are_counted(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_missing_image_field_and_a_broken_image_are_counted(write_family: Callable[..., UscdfBuilder]) -> None:
     content = coco({CAT: ["A cat."], DOG: ["A dog."]})
     del content["images"][0]["file_name"]
-    builder = write(CocoCaptions, {"annotations/captions_val2017.json": content}, ("val2017/000000000285.jpg",))
+    builder = write_family(CocoCaptions, {"annotations/captions_val2017.json": content}, "val2017/000000000285.jpg")
     builder.split_items()
     (builder.data_dir / "val2017/000000000285.jpg").write_bytes(b"no image")
     builder.skipped.clear()
@@ -213,8 +192,8 @@ def test_a_missing_image_field_and_a_broken_image_are_counted(write: Callable[..
 
 
 @pytest.mark.parametrize("kind", [CocoCaptions, Flickr30kCaptions, NoCaps, LlavaInstruct])
-def test_an_empty_folder_is_refused(write: Callable[..., UscdfBuilder], kind: type[UscdfBuilder]) -> None:
-    builder = write(kind, {"other.json": []})
+def test_an_empty_folder_is_refused(write_family: Callable[..., UscdfBuilder], kind: type[UscdfBuilder]) -> None:
+    builder = write_family(kind, {"other.json": []})
     with pytest.raises(FileNotFoundError, match="is it the folder of this dataset"):
         builder.split_items()
 
@@ -238,7 +217,7 @@ def test_clean_caption(text: str, cleaned: str) -> None:
 # LLaVA-Instruct
 
 
-def test_a_llava_conversation_keeps_its_turns(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_llava_conversation_keeps_its_turns(write_family: Callable[..., UscdfBuilder]) -> None:
     entry = {
         "id": "000000033471",
         "image": "000000033471.jpg",
@@ -249,10 +228,11 @@ def test_a_llava_conversation_keeps_its_turns(write: Callable[..., UscdfBuilder]
             "It is parked:\n\n\n\n- at a stop,  \n- near a <p> sign </p> [SEG].",
         ),
     }
-    builder = write(
+    builder = write_family(
         LlavaInstruct,
         {"llava_dataset/llava_instruct_150k.json": [entry]},
-        ("coco/train2017/000000033471.jpg", "coco/val2017/000000033471.jpg"),
+        "coco/train2017/000000033471.jpg",
+        "coco/val2017/000000033471.jpg",
     )
     assert builder.split_items() == {"train": [0]}  # the published validation looks for train ids in val2017
     (row,) = builder.usable_rows(0)
@@ -279,9 +259,9 @@ def test_a_llava_conversation_keeps_its_turns(write: Callable[..., UscdfBuilder]
 
 @pytest.mark.parametrize("root", ["", "llava_dataset/", "LLaVA-Instruct-150K/"])
 @pytest.mark.parametrize("images", ["coco/train2017", "coco_2017/train2017", "train2017"])
-def test_layouts_of_llava(write: Callable[..., UscdfBuilder], root: str, images: str) -> None:
+def test_layouts_of_llava(write_family: Callable[..., UscdfBuilder], root: str, images: str) -> None:
     entry = {"id": "1", "image": "1.jpg", "conversations": conversation("<image>\nWhat?", "A bus.")}
-    builder = write(LlavaInstruct, {f"{root}llava_instruct_150k.json": [entry]}, (f"{images}/1.jpg",))
+    builder = write_family(LlavaInstruct, {f"{root}llava_instruct_150k.json": [entry]}, f"{images}/1.jpg")
     builder.split_items()
     assert said(builder.usable_rows(0)) == ["A bus."]
 
@@ -310,9 +290,9 @@ def test_layouts_of_llava(write: Callable[..., UscdfBuilder], root: str, images:
         ([{"from": "human"}, {"from": "gpt", "value": "A."}], "missing field 'value'", []),
     ],
 )
-def test_conversations(write: Callable[..., UscdfBuilder], messages: list, reason: str, left: list[str]) -> None:
+def test_conversations(write_family: Callable[..., UscdfBuilder], messages: list, reason: str, left: list[str]) -> None:
     entry = {"id": "1", "image": "1.jpg", "conversations": messages}
-    builder = write(LlavaInstruct, {"llava_instruct_150k.json": [entry]}, ("train2017/1.jpg",))
+    builder = write_family(LlavaInstruct, {"llava_instruct_150k.json": [entry]}, "train2017/1.jpg")
     builder.split_items()
     rows = builder.usable_rows(0)
     texts = [message["content"].removeprefix("<image>\n") for row in rows for message in row["messages"]]
@@ -320,13 +300,13 @@ def test_conversations(write: Callable[..., UscdfBuilder], messages: list, reaso
     assert builder.skipped == ({reason: 1} if reason else {})
 
 
-def test_a_llava_image_must_be_there(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_llava_image_must_be_there(write_family: Callable[..., UscdfBuilder]) -> None:
     entries = [
         {"id": "1", "image": "../1.jpg", "conversations": conversation("<image>What?", "A.")},
         {"id": "2", "image": "2.jpg", "conversations": conversation("<image>What?", "A.")},
         {"id": "3", "conversations": conversation("What?", "A.")},  # of the mixtures with text alone
     ]
-    builder = write(LlavaInstruct, {"llava_instruct_150k.json": entries}, ("train2017/1.jpg", "1.jpg"))
+    builder = write_family(LlavaInstruct, {"llava_instruct_150k.json": entries}, "train2017/1.jpg", "1.jpg")
     assert builder.split_items() == {"train": [0, 1, 2]}
     assert [builder.usable_rows(key) for key in (0, 1, 2)] == [[], [], []]
     assert builder.skipped == {
@@ -362,7 +342,7 @@ def test_the_captions_of_datumaro(tmp_path: Path) -> None:
     assert builder.skipped == {}
 
 
-def test_the_captions_and_questions_of_llava(write: Callable[..., UscdfBuilder]) -> None:
+def test_the_captions_and_questions_of_llava(write_family: Callable[..., UscdfBuilder]) -> None:
     captions = FORMATS / "llava/llava/eval/table/caps_boxes_coco2014_val_80.jsonl"
     questions = FORMATS / "llava/playground/data/coco2014_val_gpt4_qa_30x3.jsonl"
     if not captions.is_file() or not questions.is_file():
@@ -370,7 +350,7 @@ def test_the_captions_and_questions_of_llava(write: Callable[..., UscdfBuilder])
     entries = [json.loads(line) for line in captions.read_text().splitlines()]
     content = coco({int(entry["id"]): entry["captions"] for entry in entries})
     images = tuple(f"val2017/{image['file_name']}" for image in content["images"])
-    builder = write(CocoCaptions, {"annotations/captions_val2017.json": content}, images)
+    builder = write_family(CocoCaptions, {"annotations/captions_val2017.json": content}, *images)
     rows = [row for item in builder.split_items()["validation"] for row in builder.usable_rows(item)]
     assert said(rows)[:2] == [
         "A donut shop is full of different flavors of donuts.",
@@ -387,7 +367,7 @@ def test_the_captions_and_questions_of_llava(write: Callable[..., UscdfBuilder])
         for entry in answered
     ]
     images = tuple(f"train2017/{entry['image']}" for entry in entries)
-    builder = write(LlavaInstruct, {"llava_instruct_150k.json": entries}, images)
+    builder = write_family(LlavaInstruct, {"llava_instruct_150k.json": entries}, *images)
     rows = [row for item in builder.split_items()["train"] for row in builder.usable_rows(item)]
     assert len(rows) == len(entries) == 90
     assert rows[0]["messages"] == [

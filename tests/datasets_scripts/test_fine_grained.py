@@ -1,9 +1,7 @@
 import base64
 import io
-import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +10,10 @@ import pytest
 
 from mglmm.datasets_scripts.builder import UscdfBuilder
 from mglmm.datasets_scripts.fine_grained import Dci, Osprey, converse
-from tests.datasets_scripts.conftest import box_rle
+from tests.datasets_scripts.conftest import box_rle, polygon
 
 SIZE = (40, 60)
 MAN, DOG, HAT, BAND = (5, 5, 15, 38), (30, 10, 50, 30), (6, 4, 14, 9), (6, 8, 14, 9)
-
-
-def polygon(box: tuple[int, int, int, int]) -> list[int]:
-    left, top, right, bottom = box
-    return [left, top, right, top, right, bottom, left, bottom]
 
 
 def osprey(*segmentations: Any, **content: Any) -> dict:
@@ -37,24 +30,6 @@ def talk(*values: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., UscdfBuilder]:
-    """Writes JSON files and empty images of height 40 and width 60, and returns the builder of a family."""
-
-    def build(kind: type[UscdfBuilder], files: dict[str, Any], *images: str, **options: Any) -> UscdfBuilder:
-        for name in images:
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            PIL.Image.new("RGB", SIZE[::-1]).save(path)
-        for name, content in files.items():
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content))
-        return kind(cache_dir=str(tmp_path / "cache"), data_dir=str(tmp_path / "data"), **options)
-
-    return build
-
-
 def only(builder: UscdfBuilder) -> list[dict]:
     """Every row."""
     items = [item for of_split in builder.split_items().values() for item in of_split]
@@ -69,7 +44,7 @@ CONVERSATION = "osprey/osprey_conversation.json"
 DETAIL = "osprey/osprey_detail_description.json"
 
 
-def test_a_conversation_says_where_its_regions_are(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_conversation_says_where_its_regions_are(write_family: Callable[..., UscdfBuilder]) -> None:
     messages = talk(
         "What does region1 do with <region2>?",
         "The man in <region1> walks the dog in <region2>.",
@@ -77,7 +52,7 @@ def test_a_conversation_says_where_its_regions_are(write: Callable[..., UscdfBui
         "region2 is small.",
     )
     entry = osprey([polygon(MAN)], [polygon(DOG)], conversations=messages)
-    builder = write(Osprey, {CONVERSATION: [entry]}, COCO_IMAGE, variants=2)
+    builder = write_family(Osprey, {CONVERSATION: [entry]}, COCO_IMAGE, variants=2)
     assert builder.split_items() == {"train": [("conversation", 0)]}
     assert builder.skipped == {
         f"no file osprey_{kind}.json": 1
@@ -152,9 +127,9 @@ def test_places_of_regions(messages: list, boxes: int, questions: list[str], reg
 
 
 @pytest.mark.parametrize("kind", ["part_level", "short_form"])
-def test_short_answers_are_asked_for(write: Callable[..., UscdfBuilder], kind: str) -> None:
+def test_short_answers_are_asked_for(write_family: Callable[..., UscdfBuilder], kind: str) -> None:
     entry = osprey([polygon(MAN)], conversations=talk("What part is region1?", "Arm.", "Its colour?", "Red."))
-    (row,) = only(write(Osprey, {f"osprey/osprey_{kind}.json": [entry]}, COCO_IMAGE))
+    (row,) = only(write_family(Osprey, {f"osprey/osprey_{kind}.json": [entry]}, COCO_IMAGE))
     assert row["source"] == f"osprey_{kind}"
     assert row["messages"] == [
         {
@@ -170,14 +145,14 @@ def test_short_answers_are_asked_for(write: Callable[..., UscdfBuilder], kind: s
 TAILS = {"part_level": "Keep the answer very short.", "short_form": "A word or two will do."}
 
 
-def test_descriptions_are_questions_about_each_region(write: Callable[..., UscdfBuilder]) -> None:
+def test_descriptions_are_questions_about_each_region(write_family: Callable[..., UscdfBuilder]) -> None:
     entry = osprey(
         [polygon(MAN)],
         {"size": [40, 60], "counts": [0, 2400]},  # uncompressed RLE
         box_rle(SIZE, HAT),
         description=["<region1>: A man.\n\nHe walks.", "<region2>: All of it.", "<region3>: A hat: red."],
     )
-    rows = only(write(Osprey, {DETAIL: [entry]}, COCO_IMAGE, variants=2))
+    rows = only(write_family(Osprey, {DETAIL: [entry]}, COCO_IMAGE, variants=2))
     assert len(rows) == 2
     assert rows[0]["messages"] == [
         {"role": "user", "content": "<image>\nDescribe <region> in detail"},
@@ -191,10 +166,10 @@ def test_descriptions_are_questions_about_each_region(write: Callable[..., Uscdf
     assert rows[1]["messages"] != rows[0]["messages"]
 
 
-def test_ten_descriptions_make_a_row(write: Callable[..., UscdfBuilder]) -> None:
+def test_ten_descriptions_make_a_row(write_family: Callable[..., UscdfBuilder]) -> None:
     names = [f"<region{number}>: thing {number}" for number in range(1, 13)]
     entry = osprey(*[[polygon(MAN)]] * 12, description=names)
-    rows = only(write(Osprey, {DETAIL: [entry]}, COCO_IMAGE))
+    rows = only(write_family(Osprey, {DETAIL: [entry]}, COCO_IMAGE))
     assert [len(row["regions"]) for row in rows] == [10, 2]
 
 
@@ -209,9 +184,9 @@ def test_ten_descriptions_make_a_row(write: Callable[..., UscdfBuilder]) -> None
     ],
 )
 @pytest.mark.parametrize("file", [CONVERSATION, "osprey/less/osprey_conversation_100.json", "osprey_conversation.json"])
-def test_layouts_of_osprey(write: Callable[..., UscdfBuilder], name: str, image: str, file: str) -> None:
+def test_layouts_of_osprey(write_family: Callable[..., UscdfBuilder], name: str, image: str, file: str) -> None:
     entry = osprey([polygon(MAN)], file_name=name, conversations=talk("What is region1?", "A man."))
-    (row,) = only(write(Osprey, {file: [entry]}, image))
+    (row,) = only(write_family(Osprey, {file: [entry]}, image))
     assert row["image"].endswith(image)
 
 
@@ -239,8 +214,8 @@ def test_layouts_of_osprey(write: Callable[..., UscdfBuilder], name: str, image:
         (osprey([polygon(MAN)]), "missing field 'conversations'"),
     ],
 )
-def test_a_broken_conversation_is_counted(write: Callable[..., UscdfBuilder], entry: dict, reason: str) -> None:
-    builder = write(Osprey, {CONVERSATION: [entry]}, COCO_IMAGE, "1.jpg")
+def test_a_broken_conversation_is_counted(write_family: Callable[..., UscdfBuilder], entry: dict, reason: str) -> None:
+    builder = write_family(Osprey, {CONVERSATION: [entry]}, COCO_IMAGE, "1.jpg")
     assert only(builder) == []
     assert builder.skipped == {reason: 1}
 
@@ -257,17 +232,17 @@ def test_a_broken_conversation_is_counted(write: Callable[..., UscdfBuilder], en
     ],
 )
 def test_a_broken_description_leaves_the_others(
-    write: Callable[..., UscdfBuilder], segmentation: Any, description: str, reason: str
+    write_family: Callable[..., UscdfBuilder], segmentation: Any, description: str, reason: str
 ) -> None:
     entry = osprey(segmentation, [polygon(DOG)], description=[description, "<region2>: A dog."])
-    builder = write(Osprey, {DETAIL: [entry]}, COCO_IMAGE)
+    builder = write_family(Osprey, {DETAIL: [entry]}, COCO_IMAGE)
     (row,) = only(builder)
     assert (row["messages"][1]["content"], row["regions"]) == ("A dog.", [[30.0, 10.0, 50.0, 30.0]])
     assert builder.skipped == {reason: 1}
 
 
-def test_osprey_needs_images_of_coco(write: Callable[..., UscdfBuilder]) -> None:
-    builder = write(Osprey, {CONVERSATION: []})
+def test_osprey_needs_images_of_coco(write_family: Callable[..., UscdfBuilder]) -> None:
+    builder = write_family(Osprey, {CONVERSATION: []})
     with pytest.raises(FileNotFoundError, match="coco/train2014"):
         builder.split_items()
 
@@ -321,8 +296,8 @@ TREE = dci(
 DCI_TRAIN, SAM_IMAGE = "DCI/train/sa_1.json", "SegmentAnything/imgs/sa_1.jpg"
 
 
-def test_a_tree_of_masks_is_a_conversation(write: Callable[..., UscdfBuilder]) -> None:
-    builder = write(Dci, {DCI_TRAIN: TREE}, SAM_IMAGE)
+def test_a_tree_of_masks_is_a_conversation(write_family: Callable[..., UscdfBuilder]) -> None:
+    builder = write_family(Dci, {DCI_TRAIN: TREE}, SAM_IMAGE)
     assert builder.split_items() == {"train": [("train", "sa_1.json")]}
     assert builder.skipped == {"split validation without annotations": 1}
     (row,) = builder.usable_rows(("train", "sa_1.json"))
@@ -351,8 +326,8 @@ def test_a_tree_of_masks_is_a_conversation(write: Callable[..., UscdfBuilder]) -
     }
 
 
-def test_a_validation_row_has_one_question(write: Callable[..., UscdfBuilder]) -> None:
-    builder = write(Dci, {"val/sa_1.json": TREE}, SAM_IMAGE, variants=2)
+def test_a_validation_row_has_one_question(write_family: Callable[..., UscdfBuilder]) -> None:
+    builder = write_family(Dci, {"val/sa_1.json": TREE}, SAM_IMAGE, variants=2)
     assert builder.split_items() == {"validation": [("validation", "sa_1.json")]}
     rows = only(builder)
     assert [(row["task"], len(row["messages"]), len(row["masks"])) for row in rows] == [
@@ -361,17 +336,17 @@ def test_a_validation_row_has_one_question(write: Callable[..., UscdfBuilder]) -
     ]
 
 
-def test_two_masks_are_asked_about(write: Callable[..., UscdfBuilder]) -> None:
+def test_two_masks_are_asked_about(write_family: Callable[..., UscdfBuilder]) -> None:
     nodes = [node(number, f"thing {number}", "", -1, MAN) for number in range(3)]
     nodes += [node(10 + number, f"part {number}", "", number % 3, HAT) for number in range(6)]
-    rows = only(write(Dci, {DCI_TRAIN: dci(*nodes)}, SAM_IMAGE, variants=4))
+    rows = only(write_family(Dci, {DCI_TRAIN: dci(*nodes)}, SAM_IMAGE, variants=4))
     assert [len(row["messages"]) for row in rows] == [6] * 4
     assert len({row["messages"][2]["content"] + row["messages"][4]["content"] for row in rows}) > 1
 
 
-def test_the_largest_masks_are_named_in_their_order(write: Callable[..., UscdfBuilder]) -> None:
+def test_the_largest_masks_are_named_in_their_order(write_family: Callable[..., UscdfBuilder]) -> None:
     nodes = [node(number, f"thing {number}", "", -1, (0, 0, 5 + number, 20)) for number in range(12)]
-    (row,) = only(write(Dci, {DCI_TRAIN: dci(*nodes)}, SAM_IMAGE))
+    (row,) = only(write_family(Dci, {DCI_TRAIN: dci(*nodes)}, SAM_IMAGE))
     assert row["masks"] == [box_rle(SIZE, (0, 0, 5 + number, 20)) for number in range(2, 12)]
 
 
@@ -415,8 +390,8 @@ def lies_in(builder: UscdfBuilder) -> dict[str, list[str]]:
         ([node(0, "man", "man", -1, MAN), node(1, "hat", "hat", 0, HAT)], {"image": ["man"]}),
     ],
 )
-def test_trees(write: Callable[..., UscdfBuilder], nodes: list[dict], tree: dict[str, list[str]]) -> None:
-    builder = write(Dci, {"DCI/val/sa_1.json": dci(*nodes, extra_caption="image")}, SAM_IMAGE)
+def test_trees(write_family: Callable[..., UscdfBuilder], nodes: list[dict], tree: dict[str, list[str]]) -> None:
+    builder = write_family(Dci, {"DCI/val/sa_1.json": dci(*nodes, extra_caption="image")}, SAM_IMAGE)
     assert lies_in(builder) == tree
     poor = sum(mask["mask_quality"] > 0 for mask in nodes)
     assert builder.skipped == ({"mask of poor quality": poor} if poor else {})
@@ -435,10 +410,10 @@ def test_trees(write: Callable[..., UscdfBuilder], nodes: list[dict], tree: dict
     ],
 )
 def test_a_broken_mask_leaves_the_others(
-    write: Callable[..., UscdfBuilder], change: dict[str, Any], reason: str
+    write_family: Callable[..., UscdfBuilder], change: dict[str, Any], reason: str
 ) -> None:
     content = dci(node(0, "man", "", -1, MAN), node(1, "hat", "", -1, HAT, **change))
-    builder = write(Dci, {DCI_TRAIN: content}, SAM_IMAGE)
+    builder = write_family(Dci, {DCI_TRAIN: content}, SAM_IMAGE)
     (row,) = only(builder)
     assert row["masks"] == [box_rle(SIZE, MAN)]
     assert builder.skipped == {reason: 1}
@@ -454,18 +429,20 @@ def test_a_broken_mask_leaves_the_others(
         ({"image": "sa_1.jpg"}, {"missing field 'mask_data'": 1}),
     ],
 )
-def test_a_broken_file_is_counted(write: Callable[..., UscdfBuilder], content: dict, reasons: dict[str, int]) -> None:
-    builder = write(Dci, {DCI_TRAIN: content}, SAM_IMAGE)
+def test_a_broken_file_is_counted(
+    write_family: Callable[..., UscdfBuilder], content: dict, reasons: dict[str, int]
+) -> None:
+    builder = write_family(Dci, {DCI_TRAIN: content}, SAM_IMAGE)
     assert only(builder) == []
     assert builder.skipped == reasons
 
 
-def test_the_short_caption_stands_in(write: Callable[..., UscdfBuilder]) -> None:
-    (row,) = only(write(Dci, {DCI_TRAIN: dci(node(0, "man", "", -1, MAN), extra_caption="")}, SAM_IMAGE))
+def test_the_short_caption_stands_in(write_family: Callable[..., UscdfBuilder]) -> None:
+    (row,) = only(write_family(Dci, {DCI_TRAIN: dci(node(0, "man", "", -1, MAN), extra_caption="")}, SAM_IMAGE))
     assert row["messages"][1]["content"].startswith("A man and a dog. ")
 
 
-def test_dci_needs_annotations(write: Callable[..., UscdfBuilder]) -> None:
-    builder = write(Dci, {}, SAM_IMAGE)
+def test_dci_needs_annotations(write_family: Callable[..., UscdfBuilder]) -> None:
+    builder = write_family(Dci, {}, SAM_IMAGE)
     with pytest.raises(ValueError, match="no usable item"):
         builder.split_items()

@@ -1,11 +1,9 @@
-import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import pytest
 
 from mglmm.datasets_scripts.builder import UscdfBuilder
@@ -18,17 +16,12 @@ from mglmm.datasets_scripts.grandf import (
     occurrences,
 )
 from mglmm.datasets_scripts.masks import union
-from tests.datasets_scripts.conftest import box_rle
+from tests.datasets_scripts.conftest import box_rle, polygon
 
 FORMATS = Path(__file__).resolve().parents[3] / "shared" / "data" / "formats"
 SIZE = (40, 60)
 MAN, DOG, HAT = (5, 5, 15, 38), (30, 10, 50, 30), (6, 4, 14, 9)
 CAPTION = "A man in a red hat walks his dog."
-
-
-def polygon(box: tuple[int, int, int, int]) -> list[int]:
-    left, top, right, bottom = box
-    return [left, top, right, top, right, bottom, left, bottom]
 
 
 def grounding(start: int, end: int, *boxes: tuple[int, int, int, int]) -> dict:
@@ -71,30 +64,6 @@ def refcocog(caption: str, *references: tuple[str, tuple[int, int, int, int]], *
     return {"9": {"img_file_name": name, "caption": caption, "refs": refs, **change}}
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., UscdfBuilder]:
-    """Writes JSON files and empty images of height 40 and width 60, and returns the builder of a part."""
-
-    def build(
-        kind: type[UscdfBuilder],
-        files: dict[str, Any],
-        *images: str,
-        size: tuple[int, int] = SIZE,
-        **options: Any,
-    ) -> UscdfBuilder:
-        for name in images:
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            PIL.Image.new("RGB", size[::-1]).save(path)
-        for name, content in files.items():
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content))
-        return kind(cache_dir=str(tmp_path / "cache"), data_dir=str(tmp_path / "data"), **options)
-
-    return build
-
-
 def only(builder: UscdfBuilder) -> list[tuple[str, list[dict]]]:
     """Answer and masks of every row."""
     items = [item for of_split in builder.split_items().values() for item in of_split]
@@ -111,9 +80,9 @@ REFCOCOG = "GranDf/annotations/train/RefCOCOg_GCG_train.json"
 REFCOCOG_IMAGE = "coco/train2014/COCO_train2014_000000000009.jpg"
 
 
-def test_a_human_annotated_caption(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_human_annotated_caption(write_family: Callable[..., UscdfBuilder]) -> None:
     groundings = {"his dog": grounding(25, 32, DOG), "A man in a red hat": grounding(0, 18, MAN, HAT)}
-    builder = write(GrandfHuman, {HA: [human(CAPTION, groundings)]}, HA_IMAGE, variants=2)
+    builder = write_family(GrandfHuman, {HA: [human(CAPTION, groundings)]}, HA_IMAGE, variants=2)
     assert builder.split_items() == {"train": [("train", 0)]}  # this part has no validation split
     first, second = builder.usable_rows(("train", 0))
     assert first == {
@@ -152,8 +121,8 @@ def test_a_human_annotated_caption(write: Callable[..., UscdfBuilder]) -> None:
         (CAPTION, -1, -1),
     ],
 )
-def test_offsets_are_checked(write: Callable[..., UscdfBuilder], caption: str, start: int, end: int) -> None:
-    builder = write(GrandfHuman, {HA: [human(caption, {"his dog": grounding(start, end, DOG)})]}, HA_IMAGE)
+def test_offsets_are_checked(write_family: Callable[..., UscdfBuilder], caption: str, start: int, end: int) -> None:
+    builder = write_family(GrandfHuman, {HA: [human(caption, {"his dog": grounding(start, end, DOG)})]}, HA_IMAGE)
     assert only(builder) == [("A man in a red hat walks <p> his dog </p> [SEG].", [box_rle(SIZE, DOG)])]
     assert builder.skipped == {}
 
@@ -196,9 +165,9 @@ def test_offsets_are_checked(write: Callable[..., UscdfBuilder], caption: str, s
     ],
 )
 def test_overlaps_and_lost_phrases(
-    write: Callable[..., UscdfBuilder], groundings: dict, answer: str, boxes: list, skipped: dict[str, int]
+    write_family: Callable[..., UscdfBuilder], groundings: dict, answer: str, boxes: list, skipped: dict[str, int]
 ) -> None:
-    builder = write(GrandfHuman, {HA: [human(CAPTION, groundings)]}, HA_IMAGE)
+    builder = write_family(GrandfHuman, {HA: [human(CAPTION, groundings)]}, HA_IMAGE)
     assert only(builder) == [(answer, [union(box_rle(SIZE, box) for box in boxes)])]
     assert builder.skipped == skipped
 
@@ -217,8 +186,10 @@ DOG_SAID = {"his dog": grounding(25, 32, DOG)}
         ({"token_positives": [2], "rle_masks": []}, "malformed annotation (IndexError: list index out of range)"),
     ],
 )
-def test_a_broken_grounding_leaves_the_others(write: Callable[..., UscdfBuilder], bad: dict, reason: str) -> None:
-    builder = write(GrandfHuman, {HA: [human(CAPTION, {"man": bad, **DOG_SAID})]}, HA_IMAGE)
+def test_a_broken_grounding_leaves_the_others(
+    write_family: Callable[..., UscdfBuilder], bad: dict, reason: str
+) -> None:
+    builder = write_family(GrandfHuman, {HA: [human(CAPTION, {"man": bad, **DOG_SAID})]}, HA_IMAGE)
     assert only(builder) == [("A man in a red hat walks <p> his dog </p> [SEG].", [box_rle(SIZE, DOG)])]
     assert builder.skipped == {reason: 1}
 
@@ -240,17 +211,17 @@ def test_a_broken_grounding_leaves_the_others(write: Callable[..., UscdfBuilder]
     ],
 )
 def test_a_broken_entry_is_counted(
-    write: Callable[..., UscdfBuilder], change: dict[str, Any], size: tuple[int, int], reason: str
+    write_family: Callable[..., UscdfBuilder], change: dict[str, Any], size: tuple[int, int], reason: str
 ) -> None:
-    builder = write(GrandfHuman, {HA: [human(CAPTION, DOG_SAID, **change)]}, HA_IMAGE, size=size)
+    builder = write_family(GrandfHuman, {HA: [human(CAPTION, DOG_SAID, **change)]}, HA_IMAGE, size=size)
     assert only(builder) == []
     assert builder.skipped == {reason: 1}
 
 
-def test_control_tokens_in_a_caption_are_broken_up(write: Callable[..., UscdfBuilder]) -> None:
+def test_control_tokens_in_a_caption_are_broken_up(write_family: Callable[..., UscdfBuilder]) -> None:
     caption = "A [SEG] and a <p> dog."
     groundings = {"A [SEG]": grounding(0, 7, MAN), "dog": grounding(18, 21, DOG)}
-    builder = write(GrandfHuman, {HA: [human(caption, groundings)]}, HA_IMAGE)
+    builder = write_family(GrandfHuman, {HA: [human(caption, groundings)]}, HA_IMAGE)
     ((answer, _),) = only(builder)
     assert answer == "<p> A [ SEG] </p> [SEG] and a < p> <p> dog </p> [SEG]."
 
@@ -263,9 +234,11 @@ def test_control_tokens_in_a_caption_are_broken_up(write: Callable[..., UscdfBui
         ("000000000139.jpg", "train2017/000000000139.jpg"),
     ],
 )
-def test_openpsg_names_the_folder_of_its_images(write: Callable[..., UscdfBuilder], name: str, image: str) -> None:
+def test_openpsg_names_the_folder_of_its_images(
+    write_family: Callable[..., UscdfBuilder], name: str, image: str
+) -> None:
     file = "GranDf/annotations/train/OpenPsgGCG_val.json"
-    builder = write(GrandfOpenPsg, {file: [human(CAPTION, DOG_SAID, file_name=name)]}, image)
+    builder = write_family(GrandfOpenPsg, {file: [human(CAPTION, DOG_SAID, file_name=name)]}, image)
     assert builder.split_items() == {"validation": [("validation", 0)]}
     (row,) = builder.usable_rows(("validation", 0))
     assert (row["image"], row["image_id"]) == (str(builder.data_dir / image), "000000000139")
@@ -289,16 +262,16 @@ def test_openpsg_names_the_folder_of_its_images(write: Callable[..., UscdfBuilde
     ],
 )
 def test_layouts(
-    write: Callable[..., UscdfBuilder], kind: type[UscdfBuilder], content: Any, name: str, image: str
+    write_family: Callable[..., UscdfBuilder], kind: type[UscdfBuilder], content: Any, name: str, image: str
 ) -> None:
-    builder = write(kind, {name: content}, image)
+    builder = write_family(kind, {name: content}, image)
     assert only(builder) == [("A man in a red hat walks <p> his dog </p> [SEG].", [box_rle(SIZE, DOG)])]
 
 
 # Flickr30k
 
 
-def test_a_flickr_caption(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_flickr_caption(write_family: Callable[..., UscdfBuilder]) -> None:
     annotations = [
         said(1, 25, 32, DOG),
         said(2, 0, 5, MAN),
@@ -306,7 +279,7 @@ def test_a_flickr_caption(write: Callable[..., UscdfBuilder]) -> None:
         said(4, 9, 18, HAT, tokens_positive=[[9, 18], [0, 5]]),  # the first span counts
         said(5, 0, 33, DOG, ignore=True),
     ]
-    builder = write(GrandfFlickr30k, {FLICKR: flickr(CAPTION, annotations)}, FLICKR_IMAGE)
+    builder = write_family(GrandfFlickr30k, {FLICKR: flickr(CAPTION, annotations)}, FLICKR_IMAGE)
     assert builder.split_items() == {"train": [("train", 3)]}
     builder.skipped.clear()
     (row,) = builder.usable_rows(("train", 3))
@@ -339,9 +312,11 @@ def test_a_flickr_caption(write: Callable[..., UscdfBuilder]) -> None:
         ({"id": 2, "image_id": 3, "tokens_positive": [[0, 5]]}, "missing field 'sam_mask'"),
     ],
 )
-def test_a_broken_flickr_phrase_leaves_the_others(write: Callable[..., UscdfBuilder], bad: dict, reason: str) -> None:
+def test_a_broken_flickr_phrase_leaves_the_others(
+    write_family: Callable[..., UscdfBuilder], bad: dict, reason: str
+) -> None:
     content = flickr(CAPTION, [said(1, 25, 32, DOG), bad])
-    builder = write(GrandfFlickr30k, {FLICKR: content}, FLICKR_IMAGE)
+    builder = write_family(GrandfFlickr30k, {FLICKR: content}, FLICKR_IMAGE)
     assert only(builder) == [("A man in a red hat walks <p> his dog </p> [SEG].", [box_rle(SIZE, DOG)])]
     assert builder.skipped == {reason: 1}
 
@@ -354,11 +329,11 @@ def test_a_broken_flickr_phrase_leaves_the_others(write: Callable[..., UscdfBuil
     ],
 )
 def test_short_captions_and_tiny_images_are_left_out(
-    write: Callable[..., UscdfBuilder], caption: str, size: tuple[int, int], reason: str
+    write_family: Callable[..., UscdfBuilder], caption: str, size: tuple[int, int], reason: str
 ) -> None:
     annotation = said(1, 0, 5, MAN, sam_mask=box_rle(size, (1, 1, 9, 9)))
     content = flickr(caption, [annotation], height=size[0], width=size[1])
-    builder = write(GrandfFlickr30k, {FLICKR: content}, FLICKR_IMAGE, size=size)
+    builder = write_family(GrandfFlickr30k, {FLICKR: content}, FLICKR_IMAGE, size=size)
     assert only(builder) == []
     assert builder.skipped == {reason: 1}
 
@@ -366,10 +341,10 @@ def test_short_captions_and_tiny_images_are_left_out(
 # RefCOCOg
 
 
-def test_a_refcocog_caption(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_refcocog_caption(write_family: Callable[..., UscdfBuilder]) -> None:
     # The published search is case sensitive, so that "A man" has no place, and its mask stays without a phrase.
     entry = refcocog(CAPTION.lower(), ("his dog.", DOG), ("A man", MAN), ("Red  Hat", HAT))
-    builder = write(GrandfRefcocog, {REFCOCOG: [entry]}, REFCOCOG_IMAGE)
+    builder = write_family(GrandfRefcocog, {REFCOCOG: [entry]}, REFCOCOG_IMAGE)
     assert builder.split_items() == {"train": [("train", 0)]}
     builder.skipped.clear()
     (row,) = builder.usable_rows(("train", 0))
@@ -426,14 +401,14 @@ def test_a_refcocog_caption(write: Callable[..., UscdfBuilder]) -> None:
     ],
 )
 def test_places_of_refcocog_phrases(
-    write: Callable[..., UscdfBuilder],
+    write_family: Callable[..., UscdfBuilder],
     caption: str,
     references: list,
     answer: str,
     boxes: list,
     skipped: dict[str, int],
 ) -> None:
-    builder = write(GrandfRefcocog, {REFCOCOG: [refcocog(caption, *references)]}, REFCOCOG_IMAGE)
+    builder = write_family(GrandfRefcocog, {REFCOCOG: [refcocog(caption, *references)]}, REFCOCOG_IMAGE)
     assert only(builder) == [(answer, [union(box_rle(SIZE, box) for box in of_mask) for of_mask in boxes])]
     assert builder.skipped == skipped
 
@@ -447,8 +422,10 @@ def test_places_of_refcocog_phrases(
         ({"9": {"caption": "a dog", "refs": []}}, "missing field 'img_file_name'"),
     ],
 )
-def test_a_broken_refcocog_entry_is_counted(write: Callable[..., UscdfBuilder], entry: dict, reason: str) -> None:
-    builder = write(GrandfRefcocog, {REFCOCOG: [entry]}, REFCOCOG_IMAGE)
+def test_a_broken_refcocog_entry_is_counted(
+    write_family: Callable[..., UscdfBuilder], entry: dict, reason: str
+) -> None:
+    builder = write_family(GrandfRefcocog, {REFCOCOG: [entry]}, REFCOCOG_IMAGE)
     assert only(builder) == []
     assert builder.skipped == {reason: 1}
 
@@ -461,10 +438,12 @@ def test_a_broken_refcocog_entry_is_counted(write: Callable[..., UscdfBuilder], 
         ({"sentence": "a dog", "segmentation": []}, "empty segmentation"),
     ],
 )
-def test_a_broken_reference_leaves_the_others(write: Callable[..., UscdfBuilder], bad: dict, reason: str) -> None:
+def test_a_broken_reference_leaves_the_others(
+    write_family: Callable[..., UscdfBuilder], bad: dict, reason: str
+) -> None:
     entry = refcocog("a man and a dog", ("a man", MAN))
     entry["9"]["refs"].append(bad)
-    builder = write(GrandfRefcocog, {REFCOCOG: [entry]}, REFCOCOG_IMAGE)
+    builder = write_family(GrandfRefcocog, {REFCOCOG: [entry]}, REFCOCOG_IMAGE)
     assert only(builder) == [("<p> a man </p> [SEG] and a dog", [box_rle(SIZE, MAN)])]
     assert builder.skipped == {reason: 1}
 
@@ -476,7 +455,7 @@ def test_places() -> None:
         locate("a dog", "cat", [(2, 5)])
 
 
-def test_sentences_of_flickr30k_entities(write: Callable[..., UscdfBuilder], tmp_path: Path) -> None:
+def test_sentences_of_flickr30k_entities(write_family: Callable[..., UscdfBuilder], tmp_path: Path) -> None:
     """Published sentences, their phrases as offsets and a photograph of the set, in the layout of GranD-f."""
     source = FORMATS / "flickr30k_entities/test_fixtures/vision"
     if not source.is_dir():
@@ -498,7 +477,7 @@ def test_sentences_of_flickr30k_entities(write: Callable[..., UscdfBuilder], tmp
         images.append(
             {"id": number, "file_name": "6338542128.jpg", "height": height, "width": width, "caption": caption}
         )
-    builder = write(GrandfFlickr30k, {FLICKR: {"images": images, "annotations": annotations}})
+    builder = write_family(GrandfFlickr30k, {FLICKR: {"images": images, "annotations": annotations}})
     (tmp_path / "data/flickr_30k/images").mkdir(parents=True)
     shutil.copyfile(source / "images/flickr30k/6338542128.jpg", tmp_path / "data/flickr_30k/images/6338542128.jpg")
     answers = only(builder)

@@ -11,16 +11,11 @@ import pytest
 from mglmm.datasets_scripts.masks import union
 from mglmm.datasets_scripts.refer import GRefCoco, RefClef, RefCoco, RefCocoG, RefCocoPlus, Refer, splits_of
 from mglmm.datasets_scripts.sources import load_pickle
-from tests.datasets_scripts.conftest import box_rle
+from tests.datasets_scripts.conftest import box_rle, polygon
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/formats/refer/test/sample_expressions_testA.json"
 SIZE = (40, 60)
 HAT, DOG, BALL = (5, 5, 15, 15), (30, 10, 50, 30), (2, 30, 8, 36)
-
-
-def polygon(box: tuple[int, int, int, int]) -> list[int]:
-    left, top, right, bottom = box
-    return [left, top, right, top, right, bottom, left, bottom]
 
 
 def reference(image: int, objects: Any, split: str, *sentences: str) -> dict:

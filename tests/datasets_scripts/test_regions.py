@@ -66,30 +66,6 @@ def sentence(caption: str, *spans: tuple[int, int, Any], **change: Any) -> dict:
     }
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., UscdfBuilder]:
-    """Writes JSON files and empty images of height 40 and width 60, and returns the builder of a family."""
-
-    def build(
-        kind: type[UscdfBuilder],
-        files: dict[str, Any],
-        *images: str,
-        size: tuple[int, int] = SIZE,
-        **options: Any,
-    ) -> UscdfBuilder:
-        for name in images:
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            PIL.Image.new("RGB", size[::-1]).save(path)
-        for name, content in files.items():
-            path = tmp_path / "data" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content))
-        return kind(cache_dir=str(tmp_path / "cache"), data_dir=str(tmp_path / "data"), **options)
-
-    return build
-
-
 def only(builder: UscdfBuilder) -> list[dict]:
     """Every row."""
     items = [item for of_split in builder.split_items().values() for item in of_split]
@@ -113,9 +89,9 @@ ENTITIES_VAL = "flickr_30k/mdetr_annotations/final_flickr_mergedGT_val.json"
 FLICKR_IMAGE = "flickr_30k/images/36979.jpg"
 
 
-def test_the_boxes_of_an_image_are_a_conversation(write: Callable[..., UscdfBuilder]) -> None:
+def test_the_boxes_of_an_image_are_a_conversation(write_family: Callable[..., UscdfBuilder]) -> None:
     content = genome(([5, 5, 10, 20], "a man "), ([30, 10, 40, 20], "The Dog"))
-    builder = write(VisualGenomeRegions, {VG: content}, VG_IMAGE)
+    builder = write_family(VisualGenomeRegions, {VG: content}, VG_IMAGE)
     assert builder.split_items() == {"train": [("train", "9.jpg")]}
     (row,) = builder.usable_rows(("train", "9.jpg"))
     assert row == {
@@ -136,19 +112,19 @@ def test_the_boxes_of_an_image_are_a_conversation(write: Callable[..., UscdfBuil
     assert builder.skipped == {"split test without annotations or images": 1}
 
 
-def test_all_boxes_are_used_ten_to_a_row(write: Callable[..., UscdfBuilder]) -> None:
+def test_all_boxes_are_used_ten_to_a_row(write_family: Callable[..., UscdfBuilder]) -> None:
     regions = [([number, 0, 10, 10], f"thing {number}") for number in range(23)]
-    rows = only(write(VisualGenomeRegions, {VG: genome(*regions)}, VG_IMAGE, variants=2))
+    rows = only(write_family(VisualGenomeRegions, {VG: genome(*regions)}, VG_IMAGE, variants=2))
     assert [len(row["regions"]) for row in rows] == [10, 10, 3, 10, 10, 3]
     every = [((float(number), 0.0, number + 10.0, 10.0), f"thing {number}") for number in range(23)]
     assert described(rows[:3]) == described(rows[3:]) == every
     assert rows[0]["regions"] != rows[3]["regions"]
 
 
-def test_a_box_with_several_texts_comes_back_in_another_row(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_box_with_several_texts_comes_back_in_another_row(write_family: Callable[..., UscdfBuilder]) -> None:
     box = [5, 5, 10, 20]
     regions = [(box, "a man"), (box, "a tall man"), (box, "a man"), ([30, 10, 20, 20], "a dog")]
-    rows = only(write(VisualGenomeRegions, {VG: genome(*regions)}, VG_IMAGE))
+    rows = only(write_family(VisualGenomeRegions, {VG: genome(*regions)}, VG_IMAGE))
     assert [len(row["regions"]) for row in rows] == [2, 1]
     assert described(rows) == [
         ((5.0, 5.0, 15.0, 25.0), "a man"),
@@ -157,7 +133,7 @@ def test_a_box_with_several_texts_comes_back_in_another_row(write: Callable[...,
     ]
 
 
-def test_a_benchmark_asks_for_one_box_a_row(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_benchmark_asks_for_one_box_a_row(write_family: Callable[..., UscdfBuilder]) -> None:
     content = {  # one entry for each annotation, with the same number
         "images": [image(71), image(72)],
         "annotations": [
@@ -165,7 +141,7 @@ def test_a_benchmark_asks_for_one_box_a_row(write: Callable[..., UscdfBuilder]) 
             region(72, 72, [30, 10, 20, 20], caption="a dog"),
         ],
     }
-    builder = write(VisualGenomeRegions, {VG_TEST: content}, VG_IMAGE, variants=3)
+    builder = write_family(VisualGenomeRegions, {VG_TEST: content}, VG_IMAGE, variants=3)
     assert builder.split_items() == {"test": [("test", "9.jpg")]}
     rows = only(builder)
     assert [(row["image_id"], len(row["messages"])) for row in rows] == [("9", 2), ("9", 2)]
@@ -201,10 +177,10 @@ def test_boxes_are_clipped(bbox: list, box: tuple) -> None:
     ],
 )
 def test_a_broken_box_leaves_the_others(
-    write: Callable[..., UscdfBuilder], bbox: Any, caption: str, reason: str
+    write_family: Callable[..., UscdfBuilder], bbox: Any, caption: str, reason: str
 ) -> None:
     content = genome((bbox, caption), ([30, 10, 20, 20], "a dog"))
-    builder = write(VisualGenomeRegions, {VG: content}, VG_IMAGE)
+    builder = write_family(VisualGenomeRegions, {VG: content}, VG_IMAGE)
     assert described(only(builder)) == [((30.0, 10.0, 50.0, 30.0), "a dog")]
     assert builder.skipped == {reason: 1}
 
@@ -220,11 +196,11 @@ def test_a_broken_box_leaves_the_others(
     ],
 )
 def test_a_broken_image_is_counted(
-    write: Callable[..., UscdfBuilder], change: dict[str, Any], size: tuple[int, int], reason: str
+    write_family: Callable[..., UscdfBuilder], change: dict[str, Any], size: tuple[int, int], reason: str
 ) -> None:
     content = genome(([5, 5, 10, 20], "a man"))
     content["images"][0] |= change
-    builder = write(VisualGenomeRegions, {VG: content}, VG_IMAGE, size=size)
+    builder = write_family(VisualGenomeRegions, {VG: content}, VG_IMAGE, size=size)
     assert only(builder) == []
     assert builder.skipped == {reason: 1}
 
@@ -244,19 +220,19 @@ def test_a_broken_image_is_counted(
     ],
 )
 def test_layouts(
-    write: Callable[..., UscdfBuilder], kind: type[UscdfBuilder], file: str, image_name: str, split: str
+    write_family: Callable[..., UscdfBuilder], kind: type[UscdfBuilder], file: str, image_name: str, split: str
 ) -> None:
     content = genome(([5, 5, 10, 20], "a man"))
     content["images"][0]["file_name"] = Path(image_name).name
-    builder = write(kind, {file: content}, image_name)
+    builder = write_family(kind, {file: content}, image_name)
     assert list(builder.split_items()) == [split]
     (row,) = only(builder)
     assert (row["image"], row["source"]) == (str(builder.data_dir / image_name), kind.SOURCE)
 
 
 @pytest.mark.parametrize("kind", [VisualGenomeRegions, RefcocogRegions, RefcocoRegions, Flickr30kEntities])
-def test_an_empty_folder_is_refused(write: Callable[..., UscdfBuilder], kind: type[UscdfBuilder]) -> None:
-    builder = write(kind, {"other.json": []})
+def test_an_empty_folder_is_refused(write_family: Callable[..., UscdfBuilder], kind: type[UscdfBuilder]) -> None:
+    builder = write_family(kind, {"other.json": []})
     with pytest.raises(FileNotFoundError, match="is it the folder of this dataset"):
         builder.split_items()
 
@@ -264,10 +240,10 @@ def test_an_empty_folder_is_refused(write: Callable[..., UscdfBuilder], kind: ty
 # The RefCOCO family
 
 
-def test_expressions_of_one_photograph_come_together(write: Callable[..., UscdfBuilder]) -> None:
+def test_expressions_of_one_photograph_come_together(write_family: Callable[..., UscdfBuilder]) -> None:
     left, right = [5, 5, 10, 20], [30, 10, 20, 20]
     content = expressions(("left man", left), ("man in red", left), ("right man", right))
-    builder = write(
+    builder = write_family(
         RefcocoRegions,
         {"RefCoco_Reg/mdetr_annotations/finetune_refcoco_train.json": content},
         f"coco/train2014/{COCO_NAME}",
@@ -285,19 +261,19 @@ def test_expressions_of_one_photograph_come_together(write: Callable[..., UscdfB
     ]
 
 
-def test_validation_has_a_file_of_its_own(write: Callable[..., UscdfBuilder]) -> None:
+def test_validation_has_a_file_of_its_own(write_family: Callable[..., UscdfBuilder]) -> None:
     # The published code reads the training file for the validation of RefCOCO.
     files = {
         f"RefCoco_Reg/mdetr_annotations/finetune_refcoco_{name}.json": expressions((f"{name} man", [5, 5, 10, 20]))
         for name in ("train", "val", "testA", "testB")
     }
-    builder = write(RefcocoRegions, files, f"coco/train2014/{COCO_NAME}")
+    builder = write_family(RefcocoRegions, files, f"coco/train2014/{COCO_NAME}")
     assert {
         split: described(builder.usable_rows(items[0]))[0][1] for split, items in builder.split_items().items()
     } == {"train": "train man", "validation": "val man", "testA": "testA man", "testB": "testB man"}
 
 
-def test_refcocog_is_evaluated_on_its_file_of_captions(write: Callable[..., UscdfBuilder]) -> None:
+def test_refcocog_is_evaluated_on_its_file_of_captions(write_family: Callable[..., UscdfBuilder]) -> None:
     captions = {
         "images": [image(5, COCO_NAME)],
         "annotations": [region(5, 5, [5, 5, 10, 20], caption="the man on the left")],
@@ -306,7 +282,7 @@ def test_refcocog_is_evaluated_on_its_file_of_captions(write: Callable[..., Uscd
         "RefCoco_Reg/mdetr_annotations/finetune_refcocog_val.json": expressions(("other", [5, 5, 10, 20])),
         "RefCoco_Reg/mdetr_annotations/finetune_refcocog_val_captions.json": captions,
     }
-    builder = write(RefcocogRegions, files, f"coco/train2014/{COCO_NAME}")
+    builder = write_family(RefcocogRegions, files, f"coco/train2014/{COCO_NAME}")
     assert builder.split_items() == {"validation": [("validation", COCO_NAME)]}
     assert described(only(builder)) == [((5.0, 5.0, 15.0, 25.0), "the man on the left")]
 
@@ -316,9 +292,9 @@ def test_refcocog_is_evaluated_on_its_file_of_captions(write: Callable[..., Uscd
 CAPTION = "Two men walk a dog ."
 
 
-def test_a_sentence_and_the_phrases_of_its_boxes(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_sentence_and_the_phrases_of_its_boxes(write_family: Callable[..., UscdfBuilder]) -> None:
     spans = [(0, 7, [5, 5, 10, 20]), (13, 18, [30, 10, 20, 20])]
-    builder = write(Flickr30kEntities, {ENTITIES: sentence(CAPTION, *spans)}, FLICKR_IMAGE)
+    builder = write_family(Flickr30kEntities, {ENTITIES: sentence(CAPTION, *spans)}, FLICKR_IMAGE)
     assert builder.split_items() == {"train": [("train", 3)]}
     (row,) = only(builder)
     # The published code writes two markers for each box but passes each box once.
@@ -347,10 +323,10 @@ def test_a_sentence_and_the_phrases_of_its_boxes(write: Callable[..., UscdfBuild
     assert builder.skipped == {}
 
 
-def test_sentence_and_phrases_are_about_the_same_ten_boxes(write: Callable[..., UscdfBuilder]) -> None:
+def test_sentence_and_phrases_are_about_the_same_ten_boxes(write_family: Callable[..., UscdfBuilder]) -> None:
     # The published code takes ten phrases and all boxes.
     spans = [(number, number + 1, [number, 0, 10, 10]) for number in range(12)]
-    (row,) = only(write(Flickr30kEntities, {ENTITIES: sentence("abcdefghijkl", *spans)}, FLICKR_IMAGE))
+    (row,) = only(write_family(Flickr30kEntities, {ENTITIES: sentence("abcdefghijkl", *spans)}, FLICKR_IMAGE))
     assert len(row["messages"]) == 22
     assert row["messages"][0]["content"].count("<region>") == 10
     assert row["regions"][:10] == row["regions"][10:]
@@ -358,9 +334,9 @@ def test_sentence_and_phrases_are_about_the_same_ten_boxes(write: Callable[..., 
     assert letters == ["abcdefghijkl"[int(box[0])] for box in row["regions"][10:]]
 
 
-def test_a_validation_row_has_one_question(write: Callable[..., UscdfBuilder]) -> None:
+def test_a_validation_row_has_one_question(write_family: Callable[..., UscdfBuilder]) -> None:
     spans = [(0, 7, [5, 5, 10, 20]), (13, 18, [30, 10, 20, 20])]
-    rows = only(write(Flickr30kEntities, {ENTITIES_VAL: sentence(CAPTION, *spans)}, FLICKR_IMAGE, variants=2))
+    rows = only(write_family(Flickr30kEntities, {ENTITIES_VAL: sentence(CAPTION, *spans)}, FLICKR_IMAGE, variants=2))
     assert [(row["messages"][1]["content"], len(row["regions"])) for row in rows[:1]] == [(CAPTION, 2)]
     assert described(rows[1:]) == [((5.0, 5.0, 15.0, 25.0), "Two men"), ((30.0, 10.0, 50.0, 30.0), "a dog")]
 
@@ -376,10 +352,10 @@ def test_a_validation_row_has_one_question(write: Callable[..., UscdfBuilder]) -
     ],
 )
 def test_a_broken_phrase_leaves_the_others(
-    write: Callable[..., UscdfBuilder], start: Any, end: int, reason: str
+    write_family: Callable[..., UscdfBuilder], start: Any, end: int, reason: str
 ) -> None:
     spans = [(start, end, [5, 5, 10, 20]), (13, 18, [30, 10, 20, 20])]
-    builder = write(Flickr30kEntities, {ENTITIES: sentence(CAPTION, *spans)}, FLICKR_IMAGE)
+    builder = write_family(Flickr30kEntities, {ENTITIES: sentence(CAPTION, *spans)}, FLICKR_IMAGE)
     rows = only(builder)
     assert described(rows) == [((30.0, 10.0, 50.0, 30.0), "a dog")]  # alone: no question about several boxes
     ((found, count),) = builder.skipped.items()
@@ -395,8 +371,8 @@ def test_a_broken_phrase_leaves_the_others(
         (sentence(CAPTION, (0, 7, [5, 5, 10, 20]), width=61), "image size differs from its annotation"),
     ],
 )
-def test_a_broken_sentence_is_counted(write: Callable[..., UscdfBuilder], content: dict, reason: str) -> None:
-    builder = write(Flickr30kEntities, {ENTITIES: content}, FLICKR_IMAGE)
+def test_a_broken_sentence_is_counted(write_family: Callable[..., UscdfBuilder], content: dict, reason: str) -> None:
+    builder = write_family(Flickr30kEntities, {ENTITIES: content}, FLICKR_IMAGE)
     assert only(builder) == []
     assert builder.skipped == {reason: 1}
 
@@ -404,7 +380,7 @@ def test_a_broken_sentence_is_counted(write: Callable[..., UscdfBuilder], conten
 # Real files
 
 
-def test_sentences_of_flickr30k_entities(write: Callable[..., UscdfBuilder], tmp_path: Path) -> None:
+def test_sentences_of_flickr30k_entities(write_family: Callable[..., UscdfBuilder], tmp_path: Path) -> None:
     """Published sentences with their phrases, and a photograph of the set, in the merged layout of MDETR."""
     source = FORMATS / "flickr30k_entities/test_fixtures/vision"
     if not source.is_dir():
@@ -422,7 +398,7 @@ def test_sentences_of_flickr30k_entities(write: Callable[..., UscdfBuilder], tmp
         content["images"].append(image(number, "4945942737.jpg", caption=caption, height=500, width=333))
     (tmp_path / "data/flickr_30k/images").mkdir(parents=True)
     shutil.copyfile(source / "images/flickr30k/4945942737.jpg", tmp_path / "data/flickr_30k/images/4945942737.jpg")
-    builder = write(Flickr30kEntities, {ENTITIES_VAL: content})
+    builder = write_family(Flickr30kEntities, {ENTITIES_VAL: content})
     rows = only(builder)
     assert rows[0]["messages"][1]["content"] == (
         "A girl with brown hair sits on the edge of a cement area overlooking water ."
@@ -436,7 +412,7 @@ def test_sentences_of_flickr30k_entities(write: Callable[..., UscdfBuilder], tmp
     assert builder.skipped == {}
 
 
-def test_published_expressions(write: Callable[..., UscdfBuilder]) -> None:
+def test_published_expressions(write_family: Callable[..., UscdfBuilder]) -> None:
     """Published expressions with their boxes and sizes, in the layout of RefCOCOg."""
     source = FORMATS / "refer/refcocos_test.json"
     if not source.is_file():
@@ -449,7 +425,7 @@ def test_published_expressions(write: Callable[..., UscdfBuilder]) -> None:
         size = {"height": entry["height"], "width": entry["width"]}
         content["images"].append(image(number, name, caption=entry["normal_caption"], **size))
         content["annotations"].append(region(number, number, [left, top, right - left, bottom - top]))
-    builder = write(RefcocogRegions, {"finetune_refcocog_test.json": content})
+    builder = write_family(RefcocogRegions, {"finetune_refcocog_test.json": content})
     for entry in entries:
         path = builder.data_dir / "train2014" / Path(entry["image"]).name
         path.parent.mkdir(exist_ok=True)
