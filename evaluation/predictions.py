@@ -167,11 +167,15 @@ def _answer(
         processor_kwargs={"padding": True, "padding_side": "left", "images_kwargs": {"return_pixels": False}},
     ).to(model.device)
     sizes = inputs.pop("original_sizes")
+    settings = dict(generation_kwargs)
+    grammar = processor.logits_processor(inputs["input_ids"].shape[1], settings["max_new_tokens"])
+    grammar.extend(settings.pop("logits_processor", []))  # the caller's have the last word
     outputs = model.generate(
         **inputs,
         image_features=MglmmImageFeatures(**{name: value[indices] for name, value in features.items()}),
         output_masks=True,
-        **generation_kwargs,
+        logits_processor=grammar,
+        **settings,
     )
     eos = torch.tensor(model.generation_config.eos_token_id, device=outputs.generated_ids.device)
     ended = torch.isin(outputs.generated_ids, eos).any(dim=1).tolist()

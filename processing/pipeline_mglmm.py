@@ -167,6 +167,12 @@ class MglmmPipeline(Pipeline):
         kept = {key: input_tensors.pop(key) for key in ("original_sizes", "pictures", "queries")}
         input_ids = input_tensors["input_ids"]
         options = self._bounded(generate_kwargs or {}, input_ids.shape[1])
+        config = options.get("generation_config", self.model.generation_config)
+        grammar = self.processor.logits_processor(
+            input_ids.shape[1], options.get("max_new_tokens", config.max_new_tokens)
+        )
+        grammar.extend(options.get("logits_processor", []))  # the caller's have the last word
+        options["logits_processor"] = grammar
         outputs = self.model.generate(**input_tensors, **options, output_masks=True)
         if len(outputs.generated_ids) != len(input_ids):
             raise ValueError(

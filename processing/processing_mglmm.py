@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import AddedToken
-from transformers import BatchFeature, ProcessorMixin, SamImageProcessorPil
+from transformers import BatchFeature, LogitsProcessorList, ProcessorMixin, SamImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
 from .chat_templates import LLAVA_V1
+from .grammar import UscdfGrammar
 from .images import load_image
 from .segcap import SegCap, Segment
 from .uscdf import CONTROL_TOKENS, IMAGE_TOKEN, PHRASE_END, PHRASE_START, SEG_TOKEN, escape_control_tokens, parse
@@ -57,6 +58,8 @@ class MglmmProcessor(ProcessorMixin):
         patch_size (`int`, *optional*, defaults to 14), image_token_stride (`int`, *optional*, defaults to 1),
         num_prefix_tokens (`int`, *optional*, defaults to 0):
             One `<image>` becomes `(H / patch / stride) * (W / patch / stride) + num_prefix_tokens` image tokens.
+        keep_to_grammar (`bool`, *optional*, defaults to `True`): Let the pipeline and the evaluation generate well-formed
+            USCDF only. `False` for a model that answers in another form, such as a `[SEG]` without a phrase.
         chat_template (`str`, *optional*): Jinja; LLaVA v1's by default.
     """
 
@@ -73,6 +76,7 @@ class MglmmProcessor(ProcessorMixin):
         patch_size: int = 14,
         image_token_stride: int = 1,
         num_prefix_tokens: int = 0,
+        keep_to_grammar: bool = True,
         chat_template: str | None = None,
         **kwargs: Any,
     ):
@@ -82,6 +86,7 @@ class MglmmProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.image_token_stride = image_token_stride
         self.num_prefix_tokens = num_prefix_tokens
+        self.keep_to_grammar = keep_to_grammar
         self.image_token = IMAGE_TOKEN
         known = tokenizer.get_vocab()
         # Not "special": decoding with skip_special_tokens keeps the tags that carry the meaning of the answer.
@@ -104,6 +109,17 @@ class MglmmProcessor(ProcessorMixin):
     def control_token_ids(self) -> list[int]:
         """Ids of `<image>`, `[SEG]`, `<p>` and `</p>`."""
         return self.tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
+
+    def logits_processor(self, prompt_length: int, max_new_tokens: int | None = None) -> LogitsProcessorList:
+        """
+        The `logits_processor` for `generate` that keeps answers well-formed; empty unless `keep_to_grammar`.
+
+        Args:
+            prompt_length: Tokens of the (left-padded) prompts.
+            max_new_tokens: That of `generate`, so that an answer is not cut inside a phrase.
+        """
+        grammar = [UscdfGrammar(self.tokenizer, prompt_length, max_new_tokens)] if self.keep_to_grammar else []
+        return LogitsProcessorList(grammar)
 
     @property
     def model_input_names(self) -> list[str]:
