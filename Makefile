@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test style bench clean
+.PHONY: help setup demo test e2e style bench clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -14,7 +14,7 @@ PYTHON ?=
 PYTEST_ARGS ?=
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## create .venv and install the package with the tested versions of constraints.txt
 
@@ -23,6 +23,9 @@ demo: $(READY) ## describe real photographs with the small model (text, masks, H
 
 test: $(READY) ## run the tests (more options: make test PYTEST_ARGS="-k uscdf")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+e2e: $(READY) ## the whole way in real processes: prepare, train, kill, resume, merge, evaluate, push, reload
+	@$(BIN)/python -m tests.end_to_end
 
 style: $(READY) ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .

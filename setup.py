@@ -37,6 +37,8 @@ EXTRAS = {
         "segment-anything>=1.0",
         "scikit-image>=0.26",
         "setuptools>=77",
+        "tensorboard>=2.20",
+        "trl>=1.16",
     ],
 }
 
@@ -64,6 +66,7 @@ setup(
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",
+        "fsspec>=2025.3",
         "httpx2>=2.16",
         "huggingface_hub>=2.4",
         "ijson>=3.4",

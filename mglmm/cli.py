@@ -165,11 +165,70 @@ def push_dataset(
 def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="YAML file of the run; --key value after it changes a setting.")],
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first bad row in place of skipping it.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what would train, on what, in how much memory.")
+    ] = False,
+    config_file: Annotated[
+        Path | None, typer.Option("--config_file", help="With --plan: accelerate's file, which says the next two.")
+    ] = None,
+    num_processes: Annotated[int, typer.Option("--num_processes", min=1, help="With --plan: number of GPUs.")] = 1,
+    strategy: Annotated[
+        Literal["ddp", "fsdp2", "zero2", "zero3"], typer.Option(help="With --plan: how they share the model.")
+    ] = "ddp",
 ) -> None:
-    """Train from a recipe; a run that was stopped goes on where it was."""
+    """Train from a recipe; a run that was stopped goes on where it was. Start it by torchrun or accelerate for several GPUs."""
+    overrides = [*context.args, *(["--training.strict", "true"] if strict else [])]
+    if plan:
+        from .trainer.config import read_config
+        from .trainer.plan import plan as make_plan
+        from .trainer.plan import read_accelerate
+
+        processes, kind = (num_processes, strategy) if config_file is None else read_accelerate(config_file)
+        print(make_plan(read_config(config, overrides), processes, kind))
+        return
     from .trainer.train import main as train_main
 
-    train_main([str(config), *context.args])
+    train_main([str(config), *overrides])
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def grpo(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; --key value after it changes a setting.")],
+) -> None:
+    """Improve a trained model's answers by rewards (needs the extra trl)."""
+    from .trainer.grpo import main as grpo_main
+
+    grpo_main([str(config), *context.args])
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Output folder of a run, or its hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the plain checkpoint to write.")],
+    base: Annotated[str | None, typer.Option(help="The adapter's base model, if it is not where it was.")] = None,
+) -> None:
+    """Merge an adapter into its base: a checkpoint that from_pretrained loads without PEFT."""
+    from .trainer.merging import merge as merge_adapter
+
+    print(merge_adapter(adapter, output, base))
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model or of an adapter.")],
+    overfit: Annotated[
+        bool, typer.Option("--overfit/--no-overfit", help="Also learn one drawn picture by heart.")
+    ] = True,
+) -> None:
+    """Check that a model is sound and can learn; the exit status is 1 if anything is wrong."""
+    from .trainer.doctor import run_doctor
+
+    if not run_doctor(model, overfit=overfit):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -26,12 +26,9 @@ def mask_losses(
         raise ValueError(
             f"{len(mask_logits)} predicted masks but {len(mask_labels)} mask_labels; they are matched in order"
         )
-    logits = mask_logits.float()
-    if logits.shape[-2:] != mask_labels.shape[-2:]:
-        logits = F.interpolate(logits[:, None], mask_labels.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    logits = _resized(mask_logits, mask_labels).flatten(1)
     valid = (mask_labels != IGNORE_VALUE).flatten(1).float()
     target = (mask_labels == 1).flatten(1).float()
-    logits = logits.flatten(1)
 
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     bce = (bce * valid).sum(1) / valid.sum(1).clamp_min(1)
@@ -39,3 +36,23 @@ def mask_losses(
     overlap = 2 * (probability * target).sum(1) / 1000
     dice = 1 - (overlap + 1e-6) / (probability.sum(1) / 1000 + target.sum(1) / 1000 + 1e-6)
     return bce.sum() / num_masks, dice.sum() / num_masks
+
+
+@torch.no_grad()
+def mask_ious(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> torch.Tensor:
+    """
+    Intersection over union `(total_masks,)` of the masks `logits > 0` with the labels, in the labels' frame; pixels
+    labelled 255 count in neither, and two empty masks agree (1). Arguments as in `mask_losses`.
+    """
+    valid = mask_labels != IGNORE_VALUE
+    predicted, target = (_resized(mask_logits, mask_labels) > 0) & valid, mask_labels == 1
+    union = (predicted | target).flatten(1).sum(1)
+    intersection = (predicted & target).flatten(1).sum(1)
+    return torch.where(union == 0, 1.0, intersection / union.clamp_min(1))
+
+
+def _resized(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> torch.Tensor:
+    logits = mask_logits.float()
+    if logits.shape[-2:] == mask_labels.shape[-2:]:
+        return logits
+    return F.interpolate(logits[:, None], mask_labels.shape[-2:], mode="bilinear", align_corners=False)[:, 0]

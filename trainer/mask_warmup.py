@@ -35,7 +35,7 @@ from mglmm.processing.uscdf import parse, render_phrase
 
 from .data_collator import masks_of
 from .feature_cache import FeatureCache
-from .mglmm_trainer import UNTRAINED
+from .trainable import UNTRAINED
 
 QUESTION = "Please segment {}."
 ANSWER = "Sure, {}."
@@ -184,10 +184,13 @@ class MaskWarmup(nn.Module):
     """
 
     vocabulary: torch.Tensor
+    mean_word: torch.Tensor
 
     def __init__(self, model: MglmmForConditionalGeneration, vocabulary: torch.Tensor):
         super().__init__()
         self.register_buffer("vocabulary", vocabulary, persistent=False)
+        mean = cast(nn.Embedding, model.get_input_embeddings()).weight.detach().float().mean(0)
+        self.register_buffer("mean_word", mean, persistent=False)
         self.config = model.config
         names = (*MASK_PATH, *(["multi_modal_projector"] if model.config.share_vision_tower else []))
         modules = {name: getattr(model.model, name) for name in names if getattr(model.model, name) is not None}
@@ -217,7 +220,7 @@ class MaskWarmup(nn.Module):
         loss = loss + pixel_loss
         losses = {"mask_bce_loss": bce, "mask_dice_loss": dice, "pixel_loss": pixel_loss}
         if self.config.share_vision_tower:
-            tokens = model.project_image_features(image_features) - model.get_input_embeddings().weight.mean(0)
+            tokens = model.project_image_features(image_features) - self.mean_word
             losses["word_loss"] = word_loss(tokens[mask_image_index], words, mask_labels == 1)
             losses["presence_loss"] = presence_loss(tokens, self.vocabulary, present)
             loss = loss + WORD_WEIGHT * losses["word_loss"] + losses["presence_loss"]

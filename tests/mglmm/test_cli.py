@@ -41,7 +41,9 @@ def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = copy.deepcopy(tiny.model)
     model.generation_config.sequence_bias = [[[tiny.processor.seg_token_id], 1000.0]]
     model.save_pretrained(folder)
-    copy.deepcopy(tiny.processor).save_pretrained(folder)
+    processor = copy.deepcopy(tiny.processor)
+    processor.keep_to_grammar = False  # which knows no [SEG] without a phrase
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -212,7 +214,55 @@ def test_train_passes_settings_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     calls: list[list[str]] = []
     patch(monkeypatch, "mglmm.trainer.train", "main", calls.append)
     assert run("train", "run.yaml", "--training.max_steps", "10", "--model", "folder") == 0
-    assert calls == [["run.yaml", "--training.max_steps", "10", "--model", "folder"]]
+    assert run("train", "run.yaml", "--strict", "--training.max_steps", "3") == 0
+    assert calls == [
+        ["run.yaml", "--training.max_steps", "10", "--model", "folder"],
+        ["run.yaml", "--training.max_steps", "3", "--training.strict", "true"],
+    ]
+
+
+def test_plan_says_what_would_train_and_trains_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patch(monkeypatch, "mglmm.trainer.train", "main", None)
+    recipes = Path(__file__).resolve().parents[2] / "trainer" / "recipes"
+    files = ("--config_file", recipes / "accelerate" / "ddp.yaml")
+    assert run("train", recipes / "joint.yaml", "--plan", *files, "--training.lora_r", "16") == 0
+    printed = capsys.readouterr().out
+    assert "memory per GPU, ddp on 16" in printed
+    assert "LoRA                           8,388,608" in printed  # twice that of r = 8
+    assert run("train", recipes / "joint.yaml", "--plan", "--num_processes", "4", "--strategy", "zero3") == 0
+    assert "memory per GPU, zero3 on 4" in capsys.readouterr().out
+
+
+def test_grpo_and_merge_pass_settings_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[Any] = []
+    patch(monkeypatch, "mglmm.trainer.grpo", "main", calls.append)
+    assert run("grpo", "run.yaml", "--training.max_steps", "10") == 0
+    patch(monkeypatch, "mglmm.trainer.merging", "merge", lambda *arguments: calls.append(arguments) or arguments[1])
+    assert run("merge", "adapter", "plain") == 0
+    assert run("merge", "adapter", "plain", "--base", "model") == 0
+    assert calls == [
+        ["run.yaml", "--training.max_steps", "10"],
+        ("adapter", Path("plain"), None),
+        ("adapter", Path("plain"), "model"),
+    ]
+    assert capsys.readouterr().out == "plain\nplain\n"
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_doctor_tells_by_its_status(run: Run, monkeypatch: pytest.MonkeyPatch, sound: bool) -> None:
+    calls: list[Any] = []
+
+    def run_doctor(model: str, overfit: bool) -> bool:
+        calls.append((model, overfit))
+        return sound
+
+    patch(monkeypatch, "mglmm.trainer.doctor", "run_doctor", run_doctor)
+    assert run("doctor", "model", "--no-overfit") == (0 if sound else 1)
+    assert calls == [("model", False)]
 
 
 def test_prepare_passes_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

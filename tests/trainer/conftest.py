@@ -15,7 +15,7 @@ from PIL import Image
 from mglmm.datasets_scripts.features import FEATURES
 from mglmm.processing.rle import encode_mask
 from mglmm.processing.uscdf import PHRASE_END, PHRASE_START, SEG_TOKEN, render_list
-from mglmm.trainer.mglmm_trainer import add_adapter
+from mglmm.trainer.trainable import make_trainable
 from mglmm.trainer.training_args import MglmmTrainingArguments
 from tests.tiny import tiny_model, tiny_processor
 
@@ -123,6 +123,6 @@ def adapted(tmp_path: Path) -> Callable[..., tuple[PeftModel, Any]]:
         model.lm_head.to(language_model_dtype)
         torch.manual_seed(0)  # for LoRA
         new_ids = processor.tokenizer.convert_tokens_to_ids([PHRASE_START, PHRASE_END, SEG_TOKEN])
-        return add_adapter(model, training_arguments(tmp_path / "run", **kwargs), new_ids), processor
+        return make_trainable(model, training_arguments(tmp_path / "run", **kwargs), new_ids), processor
 
     return make

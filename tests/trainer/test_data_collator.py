@@ -1,5 +1,7 @@
 """Batches of the collator: what is supervised, how masks and `[SEG]`s pair up, and features in place of pixels."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from mglmm.processing.rle import encode_mask
 from mglmm.processing.uscdf import conversation_of
 from mglmm.trainer.data_collator import MglmmDataCollator, masks_of
 from mglmm.trainer.feature_cache import FeatureCache
-from tests.trainer.conftest import BOXES, SIZE, box_mask, uscdf_row
+from tests.trainer.conftest import BOXES, SIZE, box_mask
 
 
 def supervised_text(processor, batch, row: int) -> str:
@@ -123,12 +125,75 @@ def test_a_row_without_a_picture_loads_no_features(tiny, rows, tmp_path):
     assert torch.isfinite(tiny.model(**mixed).loss)
 
 
-def test_too_few_masks_name_both_counts(tiny):
-    row = uscdf_row(0, "referring", ("the hat", "the dog"))
-    row["masks"] = row["masks"][:1]
-    batch = MglmmDataCollator(tiny.processor, mask_size=16)([row])
-    with pytest.raises(ValueError, match=r"2 \[SEG\] tokens in input_ids but 1 mask_labels"):
-        tiny.model(**batch)
+def wrong(row: dict, change: str) -> dict:
+    """A row with one thing wrong."""
+    row = {**row, "dataset": "hats/default/train", "index": 7}
+    if change == "masks":
+        row["masks"] = row["masks"][:1]
+    elif change == "size":
+        row["masks"] = [encode_mask(np.ones((9, 9), dtype=bool))] * len(row["masks"])
+    elif change == "image":
+        row["image"] = b"GIF89a, or so it says"
+    elif change == "unread":
+        row |= {"image": None, "error": "image 'hat.jpg' cannot be read: truncated"}  # as a Mixture gives it
+    elif change == "tags":
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "Sure, <p> the hat [SEG] [SEG]."}]
+    elif change == "long":
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "dog " * 600 + "<p> a </p> [SEG] " * 2}]
+    return row
+
+
+BAD = [
+    ("masks", r"2 \[SEG\] in assistant turns but 1 masks"),
+    ("size", r"2 of 2 masks do not have the size \(h, w\) = \(40, 60\)"),
+    ("image", "is not a picture that Pillow can read"),
+    ("unread", "image 'hat.jpg' cannot be read: truncated"),
+    ("tags", "unbalanced or nested tags"),
+    ("long", r"1903 tokens .* but the context holds 512"),  # whose [SEG]s a cut would lose
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD)
+def test_a_bad_row_is_left_out_and_named(tiny, rows, change, reason):
+    bad = wrong(rows[0], change)
+    batch = MglmmDataCollator(tiny.processor, mask_size=16)([rows[1], bad, rows[3]])
+    (skipped,) = batch.pop("skipped_rows")
+    assert skipped["dataset"] == "hats/default/train" and skipped["index"] == 7
+    assert re.search(reason, skipped["reason"])
+    expected = MglmmDataCollator(tiny.processor, mask_size=16)([rows[1], rows[3]])
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD)
+def test_a_bad_row_stops_a_strict_run(tiny, rows, change, reason):
+    collator = MglmmDataCollator(tiny.processor, mask_size=16, strict=True)
+    with pytest.raises(ValueError, match=f"hats/default/train, row 7: .*{reason}"):
+        collator([rows[1], wrong(rows[0], change)])
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_shared"])
+def test_a_batch_of_bad_rows_changes_nothing(name, request, rows):
+    """Its gradients are zeros for the same parameters as those of any other batch, so that other ranks do not wait."""
+    model, processor = request.getfixturevalue(name)
+    collator = MglmmDataCollator(processor, mask_size=16)
+    batch = collator([wrong(rows[0], "image"), wrong(rows[2], "masks")])
+    assert len(batch.pop("skipped_rows")) == 2
+    assert batch["mask_labels"].shape == (0, 16, 16) and (batch["labels"] == -100).all()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "iou_prediction_head" not in n}
+    outputs = model(**batch)
+    assert outputs.loss == 0
+    gradients = torch.autograd.grad(outputs.loss, list(trained.values()), allow_unused=True)
+    others = torch.autograd.grad(model(**collator(rows)).loss, list(trained.values()), allow_unused=True)
+    reached = {n for n, gradient in zip(trained, gradients, strict=True) if gradient is not None}
+    assert reached == {n for n, gradient in zip(trained, others, strict=True) if gradient is not None}
+    assert not any(gradient.any() for gradient in gradients if gradient is not None)
+
+
+def test_a_row_as_long_as_allowed_is_kept(tiny, rows):
+    length = MglmmDataCollator(tiny.processor, mask_size=16)([rows[0]])["input_ids"].shape[1]
+    assert "skipped_rows" not in MglmmDataCollator(tiny.processor, 16, max_length=length)([rows[0]])
+    assert "skipped_rows" in MglmmDataCollator(tiny.processor, 16, max_length=length - 1)([rows[0]])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The trainer: exact losses whatever the accumulation, its learning rates, what it logs, and that it learns."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import datasets
 import pytest
 import torch
 
+from mglmm.modeling_mglmm.mask_losses import mask_ious
 from mglmm.trainer.data_collator import MglmmDataCollator
-from mglmm.trainer.mglmm_trainer import LOSS_PARTS, TRAINED_MODULES, MglmmTrainer
+from mglmm.trainer.mglmm_trainer import LOSS_PARTS, MglmmTrainer
+from mglmm.trainer.training_args import TRAINED_MODULES
 from tests.trainer.conftest import training_arguments, uscdf_row
 
 
@@ -199,3 +202,48 @@ def test_rows_of_like_length_share_a_batch(adapted, rows, tmp_path: Path):
     batches = [[item["row"] for item in batch] for batch in trainer.get_train_dataloader()]
     assert len(batches) == 16
     assert sum(len(set(batch)) == 1 for batch in batches) >= 11  # one mixed batch in four, and the first by exchange
+
+
+def test_every_step_logs_masks_and_throughput(trainer_of, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("mglmm.trainer.mglmm_trainer.time.perf_counter", lambda: float(next(clock)))
+    rows = uneven_rows()
+    trainer = trainer_of(rows, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
+    batch = trainer.data_collator(rows)
+    with torch.no_grad():
+        outputs = trainer.model.train()(**batch)
+    expected = mask_ious(outputs.pred_masks, batch["mask_labels"]).mean()
+    trainer.train()
+    first, second = logged(trainer)
+    assert first["mask_iou"] == pytest.approx(float(expected), abs=1e-6)
+    seconds = 1.0 if second["images_per_second"] == 4.0 else 4.0 / second["images_per_second"]
+    assert second["masks_per_second"] == pytest.approx(4 / seconds)  # 1 + 0 + 3 + 0
+    assert second["tokens_per_second"] == pytest.approx(float(batch["attention_mask"].sum()) / seconds)
+
+
+def test_rows_that_were_left_out_are_listed_and_summed_up(trainer_of, tmp_path):
+    good, bad = uscdf_row(0, "referring", ("the hat",)), uscdf_row(1, "referring", ("the dog",))
+    bad = {**bad, "masks": [], "dataset": "dogs", "index": 3}
+    trainer = trainer_of([good, bad, bad, bad], per_device_train_batch_size=2, num_train_epochs=1)
+    assert trainer.skipped_summary() == ""
+    trainer.train()  # the second batch has no good row at all
+    summary = trainer.skipped_summary()
+    assert summary.startswith("3 bad rows left out (listed in ")
+    assert "3 x dogs: USCDF row '1': 1 [SEG] in assistant turns but 0 masks" in summary
+    (path,) = (tmp_path / "run").glob("skipped_rows.rank0.jsonl")
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [3, 3, 3]
+    assert all(math.isfinite(value) for entry in logged(trainer) for value in entry.values())
+    assert logged(trainer)[1]["loss"] == 0.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_evaluation_is_exact_whatever_the_batches(trainer_of, batch_size):
+    rows = uneven_rows()
+    trainer = trainer_of(rows, per_device_eval_batch_size=batch_size)
+    metrics = trainer.evaluate()
+    batch = trainer.data_collator(rows)
+    with torch.no_grad():
+        outputs = trainer.model.eval()(**batch)
+    for name in ("loss", *LOSS_PARTS):
+        assert metrics[f"eval_{name}"] == pytest.approx(float(outputs[name]), rel=1e-4), name
+    assert metrics["eval_mask_iou"] == pytest.approx(float(mask_ious(outputs.pred_masks, batch["mask_labels"]).mean()))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mglmm.modeling_mglmm import MglmmForConditionalGeneration
 from mglmm.processing import MglmmProcessor
-from mglmm.trainer import train
+from mglmm.trainer import curves, stages, train
 from mglmm.trainer.data_collator import MglmmDataCollator
 from mglmm.trainer.mask_warmup import MaskWarmupTrainer
 from mglmm.trainer.mglmm_trainer import MglmmTrainer
@@ -67,7 +67,7 @@ def config_file(tmp_path: Path, model_folder: Path, dataset_folder: str) -> Path
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr(train, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(curves, "plot_curves", lambda *args, **kwargs: None)
 
 
 def log_of(folder: Path, stage: str) -> list[dict]:
@@ -183,7 +183,7 @@ def test_a_finished_run_is_not_repeated(config_file, tmp_path, monkeypatch):
     before = adapter_of(tmp_path / "run")
     die_at(monkeypatch, MaskWarmupTrainer, 0)
     die_at(monkeypatch, MglmmTrainer, 0)
-    monkeypatch.setattr(train, "phrase_states", None)
+    monkeypatch.setattr(stages, "phrase_states", None)
     train.main([str(config_file)])
     after = adapter_of(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)

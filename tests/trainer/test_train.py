@@ -1,15 +1,13 @@
 """Reading a run from YAML and command line, and choosing its rows."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mglmm.trainer.train import DataConfig, load_rows, main, read_config, run
-
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "trainer" / "recipes").glob("*.yaml"))
+from mglmm.trainer.config import DataConfig, read_config
+from mglmm.trainer.train import main, run
 
 
 @pytest.fixture
@@ -23,12 +21,6 @@ def config_file(tmp_path: Path):
         return path
 
     return write
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_can_be_read(path):
-    config = read_config(path, [])
-    assert config.model and all(data.path for data in config.data)
 
 
 def test_defaults(config_file):
@@ -60,6 +52,16 @@ def test_defaults(config_file):
             "training: there is no setting 'masks_per_image'",
         ),  # of the warm-up only
         ({"data": {"name": "x"}}, "data: path missing"),
+        (
+            {"data": {"path": "x", "task_limits": {"fine": "1e4"}}},
+            "data: task_limits of x holds '1e4', which is no number",
+        ),
+        ({"data": {"path": "x", "weight": "much"}}, "data: weight of x holds 'much', which is no number"),
+        ({"data": []}, "data names no dataset"),
+        ({"model": {"vision_tower": "a", "text": "b"}}, "model: there is no setting 'text'"),
+        ({"model": {"vision_tower": "a"}}, "model: language_model, sam, processor missing"),
+        ({"quantization": "2bit"}, "quantization is '2bit'; choose from 4bit, 8bit"),
+        ({"refusal_warmup": {"questions": 3}}, "did you mean 'questions_per_image'?"),
         ({"data": "rows"}, "data must be a mapping of settings, got 'rows'"),
         ({"training": None}, "training must be a mapping of settings, got None"),
         ({"training": "fast"}, "training must be a mapping of settings, got 'fast'"),
@@ -126,7 +128,18 @@ def test_wrong_overrides(config_file, overrides, message):
     [
         ({"training": {"max_steps": "many", "use_cpu": True}}, "setting max_steps must be int, got 'many'"),
         ({"training": {"learning_rate": "fast", "use_cpu": True}}, "setting learning_rate must be float, got 'fast'"),
-        ({"mask_warmup": {"max_steps": 1}}, "set training.cache_image_features to a folder"),
+        ({"mask_warmup": {"max_steps": 1}}, "mask_warmup works on cached features: set training.cache_image_features"),
+        ({"refusal_warmup": {"max_steps": 1}}, "refusal_warmup works on cached features"),
+        ({"streaming": True}, "a stream has no end: set training.max_steps"),
+        (
+            {"training": {"eval_strategy": "steps", "eval_steps": 1, "use_cpu": True}},
+            "training.eval_strategy needs eval_data: name held-out rows",
+        ),
+        (
+            {"adapter": "x", "training": {"lora_r": 0, "trained_modules": ["language_model"], "use_cpu": True}},
+            "an adapter cannot be continued in full: merge it first",
+        ),
+        ({"data": {"path": "/no/such/folder"}}, "/no/such/folder/default/train cannot be opened"),
     ],
 )
 def test_wrong_values_stop_the_run_before_anything_is_loaded(config_file, changes, message):
@@ -137,45 +150,3 @@ def test_wrong_values_stop_the_run_before_anything_is_loaded(config_file, change
 def test_usage():
     with pytest.raises(ValueError, match="usage: mglmm train CONFIG.yaml"):
         main([])
-
-
-# ---------------------------------------------------------------- rows: 4 referring, 2 absent, 2 fine
-
-
-def test_all_rows_without_weights(dataset_folder):
-    dataset = load_rows(DataConfig(dataset_folder), seed=0)
-    assert Counter(dataset["task"]) == {"referring": 4, "absent": 2, "fine": 2}
-    assert dataset[1]["messages"][1]["content"] == "Sorry, I cannot find a bicycle."
-    assert dataset[1]["length"] == len("<image>\nSegment a bicycle.") + len("Sorry, I cannot find a bicycle.") == 57
-
-
-@pytest.mark.parametrize(
-    ("weights", "expected"),
-    [
-        ({"referring": 1, "absent": 1}, {"referring": 4, "absent": 4}),  # absent twice over, fine left out
-        ({"referring": 1, "absent": 3}, {"referring": 2, "absent": 6}),  # referring thinned
-        ({"fine": 0.5}, {"fine": 8}),
-    ],
-)
-def test_weights_are_shares_of_the_rows(dataset_folder, weights, expected):
-    dataset = load_rows(DataConfig(dataset_folder, task_weights=weights), seed=0)
-    assert Counter(dataset["task"]) == expected
-    again = load_rows(DataConfig(dataset_folder, task_weights=weights), seed=0)
-    assert again["messages"] == dataset["messages"]
-    for task, count in expected.items():  # repeated evenly
-        ids = [str(row["messages"]) for row in dataset if row["task"] == task]
-        repeats = Counter(ids).values()
-        assert sum(repeats) == count and max(repeats) - min(repeats) <= 1
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ({"referring": 1, "fine": 0}, r"task 'fine' has weight 0 and 2 rows; drop it from task_weights"),
-        ({"referring": 1, "fine": -1}, r"task 'fine' has weight -1 and 2 rows"),
-        ({"refering": 1}, r"task 'refering' has weight 1 and 0 rows"),
-    ],
-)
-def test_wrong_weights(dataset_folder, weights, message):
-    with pytest.raises(ValueError, match=message):
-        load_rows(DataConfig(dataset_folder, task_weights=weights), seed=0)

@@ -1,0 +1,110 @@
+"""The stages before the last: their results are kept, so that a run started again does not repeat them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+
+from mglmm.modeling_mglmm import MglmmForConditionalGeneration
+from mglmm.processing import MglmmProcessor
+
+from .checkpoints import last_checkpoint
+from .config import STAGES, training_arguments
+from .curves import write_log
+from .feature_cache import FeatureCache
+from .mask_warmup import (
+    MaskWarmup,
+    MaskWarmupCollator,
+    MaskWarmupTrainer,
+    phrase_states,
+    phrase_words,
+    phrases_of,
+    standardise_prompts,
+    words_of_images,
+)
+from .refusal_warmup import ImageQuestions, RefusalCollator, RefusalWarmup, RefusalWarmupTrainer, deciding_tokens
+from .training_args import MglmmTrainingArguments
+
+NAMES = tuple(STAGES)
+
+
+def split_settings(stage: str, values: dict[str, Any]) -> tuple[MglmmTrainingArguments, dict[str, Any]]:
+    """The training arguments of a stage, and its own settings beside them."""
+    own = {name: values[name] for name in STAGES[stage] if name in values}
+    return training_arguments({name: value for name, value in values.items() if name not in own}), own
+
+
+def mask_warmup(
+    model: MglmmForConditionalGeneration,
+    processor: MglmmProcessor,
+    rows: Dataset,
+    cache: FeatureCache,
+    args: MglmmTrainingArguments,
+    own: dict[str, Any],
+    *,
+    output_dir: Path,
+) -> None:
+    """Trains the mask path of `model` (see `mask_warmup.py`), or loads what an earlier run made of it."""
+    masks_per_image = own.get("masks_per_image", 3)
+    result = output_dir / "mask_warmup.safetensors"
+    if not result.is_file():
+        phrases = [phrase for messages in rows["messages"] for phrase in phrases_of(messages)]
+        states, words = phrase_states(model, processor, phrases), phrase_words(model, processor, phrases)
+        image_words = words_of_images(rows)
+        standardise_prompts(model, states.values())
+        with_masks = rows.select(np.flatnonzero([len(masks) > 0 for masks in rows["masks"]]))
+        collator = MaskWarmupCollator(processor, states, words, image_words, cache, masks_per_image, args.mask_size)
+        vocabulary = phrase_words(model, processor, collator.vocabulary)
+        vectors = [vocabulary[word] for word in collator.vocabulary]
+        wrapper = MaskWarmup(
+            model, torch.stack(vectors) if vectors else torch.zeros(0, len(next(iter(words.values()))))
+        )
+        trainer = MaskWarmupTrainer(model=wrapper, args=args, train_dataset=with_masks, data_collator=collator)
+        _train(trainer, model, result)
+    model.load_state_dict(load_file(result), strict=False)
+
+
+def refusal_warmup(
+    model: PeftModel,
+    processor: MglmmProcessor,
+    rows: Dataset,
+    cache: FeatureCache,
+    args: MglmmTrainingArguments,
+    own: dict[str, Any],
+    *,
+    output_dir: Path,
+) -> None:
+    """Trains LoRA and the image projector of `model` (see `refusal_warmup.py`), or loads what an earlier run made."""
+    result = output_dir / "refusal_warmup.safetensors"
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not result.is_file():
+        images = ImageQuestions(rows)
+        decision = deciding_tokens(processor, images.openings)
+        wrapper = RefusalWarmup(model, decision)
+        collator = RefusalCollator(processor, cache, decision, own.get("questions_per_image", 16))
+        _train(
+            RefusalWarmupTrainer(model=wrapper, args=args, train_dataset=images, data_collator=collator), model, result
+        )
+    model.load_state_dict(load_file(result), strict=False)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+
+
+def _train(trainer: Trainer, model: nn.Module, result: Path) -> None:
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
+    if not trainer.is_world_process_zero():
+        trainer.accelerator.wait_for_everyone()
+        return
+    write_log(trainer.state.log_history, result.parent, result.stem)
+    partial = result.with_suffix(".partial")
+    save_file({n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}, partial)
+    partial.replace(result)
+    trainer.accelerator.wait_for_everyone()
