@@ -1,4 +1,4 @@
-"""The guides on data are true: their blocks run from top to bottom, and every dataset has its line."""
+"""The guides are true: their blocks run from top to bottom, and every dataset has its line."""
 
 import json
 import os
@@ -6,18 +6,30 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from peft import PeftModel
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
+from mglmm import MglmmForConditionalGeneration, MglmmProcessor
 from mglmm.cli import main
 from mglmm.datasets_scripts.families import BUILDERS
+from mglmm.trainer.config import DataConfig, RunConfig, read_config
+from mglmm.trainer.training_args import MglmmTrainingArguments
 from tests.hub_server import TOKEN, hub_server
+from tests.tiny import tiny_model, tiny_processor
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN_DATA, DATA = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("own_data.md", "data.md"))
+OWN_DATA, DATA, TRAINING = (
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("own_data.md", "data.md", "training.md")
+)
 
 
 def push(arguments: list[str], home: Path) -> dict[str, bytes]:
@@ -33,8 +45,25 @@ def push(arguments: list[str], home: Path) -> dict[str, bytes]:
     return repository.files
 
 
+def launched(program: str, arguments: list[str]) -> RunConfig:
+    """The run that a launcher is told to start, as its own parser and ours understand the command; nothing is started."""
+    if program == "torchrun":
+        args = get_args_parser().parse_args(arguments)
+    else:
+        assert arguments.pop(0) == "launch"
+        args = launch_command_parser().parse_args(arguments)
+        assert Path(args.config_file).is_file()
+    assert args.module and args.training_script == "mglmm.cli"
+    verb, config, *overrides = args.training_script_args
+    assert verb == "train"
+    return read_config(config, overrides)
+
+
 def run_guide(text: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict, dict[str, bytes]]:
-    """Runs the blocks in `home`; the names that they define and the files that they push."""
+    """
+    Runs the blocks in `home`; the names that they define and the files that they push. A block of YAML is written to the
+    file that its first line names; what a launcher would start is read only.
+    """
     monkeypatch.chdir(home)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "cache"))
     names: dict = {}
@@ -43,9 +72,15 @@ def run_guide(text: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[d
         if language == "python":
             exec(block, names)
             continue
+        if language == "yaml":
+            Path(block.splitlines()[0].removeprefix("# ")).write_text(block)
+            continue
         assert language == "bash"
         for line in block.strip().splitlines():
             program, *arguments = shlex.split(line)
+            if program in ("torchrun", "accelerate"):
+                assert launched(program, arguments).model == "checkpoints/mglmm-small"
+                continue
             assert program == "mglmm"
             if arguments[0] == "push-dataset":
                 pushed = push(arguments, home)
@@ -100,6 +135,64 @@ def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["row"]["source"] in ("coco_instances", "coco_captions") and names["row"]["image"].size == (60, 40)
 
 
+@pytest.fixture
+def training_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the guide on training finds where it starts: the rows of the guide on own data, recipes, and the toy model as small one."""
+    run_guide(OWN_DATA.partition("## Check it")[0], tmp_path, monkeypatch)
+    (tmp_path / "trainer").symlink_to(ROOT / "trainer")
+
+    def assemble(output: Path, trained: bool) -> Path:
+        assert trained
+        processor = tiny_processor()
+        tiny_model(processor).save_pretrained(output)
+        processor.save_pretrained(output)
+        return output
+
+    monkeypatch.setattr("mglmm.small.checkpoint.assemble", assemble)
+    return tmp_path
+
+
+def test_training(training_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[list[str]] = []
+    # Training by rewards has tests of its own, and trl takes long to import.
+    monkeypatch.setitem(sys.modules, "mglmm.trainer.grpo", SimpleNamespace(main=asked.append))
+    names, _ = run_guide(TRAINING, training_home, monkeypatch)
+    printed = capsys.readouterr().out
+
+    ((recipe,),) = asked
+    assert set(yaml.safe_load(Path(recipe).read_text())["rewards"]) <= set(re.findall(r"`(\w+)`", TRAINING))
+    assert isinstance(names["model"], PeftModel) and isinstance(names["processor"], MglmmProcessor)
+    merged = MglmmForConditionalGeneration.from_pretrained("checkpoints/hats")
+    assert sum(p.numel() for p in merged.parameters()) == sum(
+        p.numel() for p in tiny_model(tiny_processor()).parameters()
+    )
+    assert "bad rows left out" not in printed and printed.count("all is well") == 2
+    assert "memory per GPU, zero3 on 4" in printed and "memory per GPU, fsdp2 on 16" in printed
+    assert {path.name for path in Path("runs").iterdir()} == {"hats", "mixture", "strict", "features"}
+
+    run = Path("runs/hats")
+    log = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
+    table = TRAINING[TRAINING.index("## What it prints") : TRAINING.index("<!-- run -->")]
+    said = {
+        name for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE) for name in re.findall(r"\w+", cell)
+    }
+    logged = {key for entry in log if "loss" in entry for key in entry}
+    assert logged == said | {"step", "ce_loss", "mask_bce_loss", "mask_dice_loss"}
+    assert {"eval_loss", "eval_mask_iou", "eval_ce_loss"} <= {key for entry in log for key in entry}
+    for file in ("training_curves.png", "adapter_model.safetensors", "processor_config.json", "checkpoint-12"):
+        assert (run / file).exists()
+
+
+def test_what_the_guide_on_training_names_is_there() -> None:
+    """Settings, options, recipes and files; a renamed one must be renamed in the guide, too."""
+    known = {field.name for kind in (RunConfig, DataConfig, MglmmTrainingArguments) for field in fields(kind)}
+    for name in re.findall(r"^- `(\w+)(?:: [\w ]+)?`", TRAINING, flags=re.MULTILINE):
+        assert name in known, name
+    recipes = ROOT / "trainer" / "recipes"
+    table = set(re.findall(r"`(\w+\.yaml)`", TRAINING[TRAINING.index("| recipe |") : TRAINING.index("Copy one")]))
+    assert table == {path.name for path in recipes.glob("*.yaml")} - {"mglmm_small_grpo.yaml"}
+
+
 def test_every_dataset_has_its_line() -> None:
     table = DATA[DATA.index("## The names") : DATA.index('"All kinds"')]
     listed = [
@@ -110,6 +203,6 @@ def test_every_dataset_has_its_line() -> None:
     assert listed and sorted(listed) == sorted((n, b.__module__.rpartition(".")[2]) for n, b in BUILDERS.items())
 
 
-@pytest.mark.parametrize("guide", [OWN_DATA, DATA])
-def test_a_guide_is_short_enough_to_be_read(guide: str) -> None:
-    assert len(guide.splitlines()) <= 150
+@pytest.mark.parametrize(("guide", "lines"), [(OWN_DATA, 150), (DATA, 150), (TRAINING, 250)])
+def test_a_guide_is_short_enough_to_be_read(guide: str, lines: int) -> None:
+    assert len(guide.splitlines()) <= lines

@@ -217,8 +217,8 @@ def run_grpo(config: GRPORunConfig) -> Path:
     """
     if (Path(config.model) / CONFIG_NAME).is_file():
         raise ValueError(
-            f"{config.model} is an adapter: GRPO adds its own, so merge it first "
-            "(PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)) and name that folder"
+            f"{config.model} is an adapter: GRPO adds its own, so merge it first (`mglmm merge {config.model} FOLDER`) and "
+            "name that folder"
         )
     args = grpo_arguments(config.training, list(config.rewards.values()))
     output_dir = Path(str(args.output_dir))

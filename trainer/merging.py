@@ -22,6 +22,7 @@ from .checks import examine
 
 CARD = "README.md"
 TRAINING_SECTION = re.compile(r"^## Training\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)  # of a card of this package
+IMAGE = re.compile(r"!\[[^\]]*\]\([^)]*\)")  # a curve, which stays in the adapter's folder
 FROZEN_PARTS = ("prompt_encoder",)  # saved with an adapter, not trained
 
 
@@ -77,9 +78,13 @@ def _file(name: str, filename: str) -> str | None:
     )
 
 
+def _require_folder(name: str, remedy: str) -> None:
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"there is no folder {name!r}: {remedy}")
+
+
 def _adapter_config(adapter: str) -> LoraConfig:
-    if adapter.startswith(("/", ".", "~")) and not Path(adapter).is_dir():
-        raise FileNotFoundError(f"there is no folder {adapter!r}: name the output folder of a run, or its hub id")
+    _require_folder(adapter, "name the output folder of a run, or its hub id")
     if find_adapter_config_file(adapter) is None:
         plain = _file(adapter, CONFIG_NAME) is not None
         remedy = "it is a plain checkpoint, with nothing to merge" if plain else "name the output folder of a run"
@@ -93,6 +98,7 @@ def _adapter_config(adapter: str) -> LoraConfig:
 
 
 def _load_base(base: str) -> MglmmForConditionalGeneration:
+    _require_folder(base, "the adapter's base is not there, name where it is with --base")
     try:
         kind = PreTrainedConfig.get_config_dict(base)[0].get("model_type")
         if kind == MglmmConfig.model_type:
@@ -100,7 +106,7 @@ def _load_base(base: str) -> MglmmForConditionalGeneration:
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"the adapter's base {base!r} cannot be loaded: name where it is with --base ({reason})"
+            f"the base {base!r} cannot be loaded: name where it is with --base ({reason})"
         ) from error
     raise ValueError(
         f"the base {base!r} is a model of type {kind!r}, not {MglmmConfig.model_type!r}: name it with --base"
@@ -133,26 +139,38 @@ def _card(
     base: str,
 ) -> ModelCard:
     """What is known of data and parts from the cards of adapter and base, and of training from the adapter itself."""
-    adapter_card, base_card = _read_card(adapter), _read_card(base)
-    is_folder = Path(base).is_dir()  # which says nothing elsewhere; what it was made of does
-    parents = (base_card.data.base_model if base_card else None) if is_folder else base
+    adapter_card = _read_card(adapter)
     in_full = [part for part in config.modules_to_save or [] if part not in FROZEN_PARTS]
     what = [*(["LoRA on the language model"] if config.target_modules != DUMMY_TARGET_MODULES else [])]
     what += ["the rows of the new tokens"] if config.trainable_token_indices else []
     training = f"Trained: {', '.join([*what, *in_full])}."
     if adapter_card and (section := TRAINING_SECTION.search(adapter_card.text)):
-        training = section[1].strip()
+        training = IMAGE.sub("", section[1]).strip()
     has_head = config.trainable_token_indices and not model.config.tie_word_embeddings
     trained = [*in_full, *(["language_model"] if what else []), *(["lm_head"] if has_head else [])]
     return model_card(
         model,
         processor,
         model_name=name,
-        base_model=[parents] if isinstance(parents, str) else parents or [],
-        datasets=(adapter_card.data.datasets if adapter_card else None) or [],
+        base_model=parents_of(base),
+        datasets=(adapter_card.data.get("datasets") if adapter_card else None) or [],
         trained=trained,
-        training=f"{training}\n\nThe adapter was then merged into its base, `{Path(base).name if is_folder else base}`.",
+        training=f"{training}\n\nThe adapter was then merged into its base, `{public_name(base)}`.",
     )
+
+
+def parents_of(model: str) -> list[str]:
+    """Hub ids for a card: the model's own, or for a path, which nobody else has, what its card says it was made of."""
+    if not Path(model).exists():
+        return [model]
+    card = _read_card(model) if Path(model).is_dir() else None
+    parents = (card.data.get("base_model") if card else None) or []
+    return [parents] if isinstance(parents, str) else parents
+
+
+def public_name(model: str) -> str:
+    """Hub id, or name of a folder or file without where it lies."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def _read_card(name: str) -> ModelCard | None:

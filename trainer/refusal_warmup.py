@@ -230,13 +230,13 @@ class RefusalWarmup(nn.Module):
         image_features: MglmmImageFeatures,
     ) -> dict[str, torch.Tensor]:
         model = cast(MglmmForConditionalGeneration, self._models[0].get_base_model())
-        # A padding token sees nothing; as a row of equal scores it stays finite.
-        blocked = torch.finfo(model.dtype).min
+        # Padding sees nothing but itself; a finite number keeps even an empty row of scores finite.
         mask = torch.zeros(attention_mask.shape, dtype=model.lm_head.weight.dtype, device=attention_mask.device)
+        mask = mask.masked_fill(~attention_mask, torch.finfo(mask.dtype).min)
         hidden = model.model(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=mask.masked_fill(~attention_mask, blocked),
+            attention_mask=mask,
             image_features=image_features,
         ).last_hidden_state
         logits = model.lm_head(hidden[ends[:, 0], ends[:, 1]]).float().log_softmax(-1)

@@ -115,6 +115,8 @@ def check_run(config: RunConfig, args: MglmmTrainingArguments) -> None:
             raise ValueError("a stream cannot be encoded beforehand: leave out training.cache_image_features")
         if args.max_steps <= 0:
             raise ValueError("a stream has no end: set training.max_steps")
+        if config.rows_per_epoch is not None:
+            raise ValueError("a stream has no epochs: leave out rows_per_epoch")
     if config.refusal_warmup is not None and args.lora_r == 0:
         raise ValueError("refusal_warmup trains LoRA: set training.lora_r above 0")
     if config.adapter is not None and "language_model" in args.trained_modules:
@@ -208,7 +210,7 @@ def main(arguments: list[str]) -> None:
     config = read_config(arguments[0], arguments[1:])
     try:
         folder = run(config)
-        PartialState().print(f"adapter, log and curves: {folder}")
+        PartialState().print(f"result, log and curves: {folder}")
     except InterruptedError as stop:
         PartialState().print(str(stop))
     finally:

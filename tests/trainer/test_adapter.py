@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from transformers import pipeline
 
+import mglmm  # registers the pipeline
 from mglmm.processing.uscdf import PHRASE_END, PHRASE_START, SEG_TOKEN
 from mglmm.trainer.data_collator import MglmmDataCollator
-from tests.tiny import script_tokens, tiny_model
-from tests.trainer.conftest import uscdf_row
+from mglmm.trainer.trainable import make_trainable
+from tests.tiny import script_tokens, tiny_model, tiny_processor
+from tests.trainer.conftest import training_arguments, uscdf_row
 
 CORE = "base_model.model."
 # Modules of the toy model that are trained: their number of parameter tensors, and of single parameters.
@@ -166,6 +169,42 @@ def test_saved_and_loaded_it_is_the_same_model(adapted, shared, tied, rows, tmp_
     torch.testing.assert_close(answers[1].mask_scores[0], answers[0].mask_scores[0], atol=1e-5, rtol=1e-5)
     free = [asked.generate(**inputs, max_new_tokens=8) for asked in (model, merged)]
     assert torch.equal(free[0], free[1])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_its_folder_loads_like_a_model(tied, rows, tmp_path: Path):
+    """transformers reads adapter_config.json, loads the base named there and puts the adapter on it."""
+    processor = tiny_processor(shared=tied)
+    tiny_model(processor, shared=tied, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    base = mglmm.MglmmForConditionalGeneration.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)  # for LoRA
+    new_ids = processor.tokenizer.convert_tokens_to_ids([PHRASE_START, PHRASE_END, SEG_TOKEN])
+    model = make_trainable(base, training_arguments(tmp_path / "run"), new_ids)
+    batch = MglmmDataCollator(processor, 16)(rows)
+    train(model, batch)
+    model.save_pretrained(tmp_path / "adapter")
+
+    loaded, loading = mglmm.MglmmForConditionalGeneration.from_pretrained(
+        tmp_path / "adapter", output_loading_info=True
+    )
+    # Rows of a tied head are those of the embedding, but transformers believes that they are missing.
+    assert loading["missing_keys"] == ({"lm_head.token_adapter.trainable_tokens_delta.default"} if tied else set())
+    assert not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    with torch.no_grad():
+        expected, outputs = model(**batch), loaded(**batch)
+    assert torch.equal(outputs.logits, expected.logits) and torch.equal(outputs.pred_masks, expected.pred_masks)
+
+    pipe = pipeline("image-segmentation-captioning", model=str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(pipe.model(**batch).pred_masks, expected.pred_masks)
+    answer = pipe(
+        rows[0]["image"],
+        "Segment the hat.",
+        logits_processor=script_tokens(base, processor, [" Sure, <p> the hat </p> [SEG]."]),
+        max_new_tokens=30,
+    )
+    assert [segment.phrase for segment in answer.segments] == ["the hat"]
 
 
 def test_the_adapter_is_small(adapted, tmp_path: Path):

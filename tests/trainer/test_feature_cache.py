@@ -1,16 +1,38 @@
-"""The cache of frozen features: what its keys depend on, and that it survives being killed."""
+"""
+The cache of frozen features: what its keys depend on, and that it survives being killed. As a program it is one process
+of filling a cache from a dataset, for torchrun to start:
+
+    python -m tests.trainer.test_feature_cache FOLDER DATASET [KILLED_AT]
+
+It notes what it wrote in FOLDER/written.RANK.json, or kills itself in the middle of writing file number KILLED_AT.
+"""
 
 import copy
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mglmm.trainer import feature_cache
+from mglmm.trainer.config import DataConfig
 from mglmm.trainer.feature_cache import FeatureCache
-from tests.tiny import picture
+from mglmm.trainer.mixture import load_mixture
+from mglmm.trainer.train import fill_cache
+from tests.tiny import picture, tiny_model, tiny_processor
+from tests.trainer.conftest import uscdf_row, write_dataset
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def test_the_same_picture_and_model_give_the_same_key(tiny, tmp_path):
@@ -160,3 +182,102 @@ def test_a_picture_that_was_never_encoded_is_refused(tiny, tmp_path):
     cache.fill(tiny.model, tiny.processor, [picture(seed=0)])
     with pytest.raises(FileNotFoundError, match=r"lacks the features of 2 of 3 pictures: call fill\(\)"):
         cache.load([picture(seed=0), picture(seed=1), picture(seed=2)])
+
+
+def test_another_encoder_leaves_the_old_features_alone(tiny, tmp_path):
+    """One folder may serve several models, in turn."""
+    pictures = [picture(seed=0), picture(seed=1)]
+    cache = FeatureCache(tmp_path, tiny.model, tiny.processor)
+    cache.fill(tiny.model, tiny.processor, pictures)
+    before = cache.load(pictures).vision_hidden_states
+    model = copy.deepcopy(tiny.model)
+    for parameter in model.model.vision_tower.parameters():
+        parameter.data.mul_(1.1)
+    other = FeatureCache(tmp_path, model, tiny.processor)
+    with pytest.raises(FileNotFoundError, match="lacks the features of 2 of 2 pictures"):
+        other.load(pictures)
+    assert other.fill(model, tiny.processor, pictures) == 2
+    assert not torch.equal(other.load(pictures).vision_hidden_states, before)
+    assert torch.equal(cache.load(pictures).vision_hidden_states, before)
+
+
+class NoPicture:
+    """Stands for the picture of a row whose file is damaged."""
+
+    def save(self, file, format):
+        file.write(b"\x89PNG, but no picture")
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch) -> str:
+    """Eight pictures and a damaged one, in two rows each."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets_cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets_cache"))
+    rows = [{**uscdf_row(0, "absent", ()), "image_id": f"{i}", "image": picture(seed=i)} for i in range(8)]
+    rows.insert(0, {**uscdf_row(0, "absent", ()), "image_id": "0 damaged", "image": NoPicture()})
+    return write_dataset(tmp_path / "dataset", rows * 2)
+
+
+def keys(cache: FeatureCache) -> set[str]:
+    return {cache.path_of(picture(seed=seed)).stem for seed in range(8)}
+
+
+def test_bad_pictures_do_not_stop_filling(tiny, tmp_path, dataset):
+    thin = Image.new("RGB", (1, 200))  # for the pixel encoder; the collator leaves its row out
+    other = write_dataset(tmp_path / "other", [{**uscdf_row(0, "absent", ()), "image": thin}])
+    cache = FeatureCache(tmp_path / "features", tiny.model, tiny.processor)
+    mixture = load_mixture([DataConfig(path=other), DataConfig(path=dataset)], 0)
+    fill_cache(cache, tiny.model, tiny.processor, [mixture])
+    assert {path.stem for path in (tmp_path / "features").rglob("*.safetensors")} == keys(cache)
+
+
+def run(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, "-m", "tests.trainer.test_feature_cache", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_a_killed_fill_is_finished_by_two_processes_that_share_the_rest(tiny, tmp_path, dataset):
+    """Real processes: SIGKILL in the middle of the fourth file, then two over gloo in the same folder."""
+    killed = run([], str(tmp_path), dataset, "3")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-4000:]
+    files = tmp_path / "features"
+    first = {path.stem for path in files.rglob("*.safetensors")}
+    assert len(first) == 3 and len(list(files.rglob("*.partial"))) == 1
+
+    done = run(TORCHRUN, str(tmp_path), dataset)
+    assert done.returncode == 0, done.stderr[-4000:]
+    shares = [json.loads((tmp_path / f"written.{rank}.json").read_text()) for rank in (0, 1)]
+    cache = FeatureCache(files, tiny.model, tiny.processor)
+    assert min(map(len, shares)) > 0 and len(shares[0]) + len(shares[1]) == 5  # none of them twice
+    assert first | set(shares[0]) | set(shares[1]) == keys(cache)
+    pictures = [picture(seed=seed) for seed in range(8)]
+    assert cache.fill(tiny.model, tiny.processor, pictures) == 0
+    assert len(cache.load(pictures).vision_hidden_states) == 8
+
+
+def fill_as_one_process(folder: Path, dataset: str, killed_at: int = -1) -> None:
+    processor = tiny_processor()
+    model = tiny_model(processor)
+    written: list[str] = []
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if len(written) == killed_at:
+            path.write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_file(tensors, path)
+        written.append(path.name.partition(".")[0])
+
+    feature_cache.save_file = save
+    state = PartialState(cpu=True)
+    mixture = load_mixture([DataConfig(path=dataset)], 0)
+    fill_cache(FeatureCache(folder / "features", model, processor), model, processor, [mixture])
+    (folder / f"written.{state.process_index}.json").write_text(json.dumps(written))
+
+
+if __name__ == "__main__":
+    fill_as_one_process(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -95,7 +95,7 @@ def test_a_run_writes_adapter_log_and_curves(config_file, model_folder, tmp_path
     train.main([str(config_file)])
     folder = tmp_path / "run"
     printed = capsys.readouterr().out
-    assert "processes: 1" in printed and "8 rows" in printed and f"adapter, log and curves: {folder}" in printed
+    assert "processes: 1" in printed and "8 rows" in printed and f"result, log and curves: {folder}" in printed
 
     warmup, joint = log_of(folder, "mask_warmup"), log_of(folder, "training")
     assert [entry["step"] for entry in warmup] == [entry["step"] for entry in joint] == [1, 2, 3, 4]

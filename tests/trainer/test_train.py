@@ -132,6 +132,10 @@ def test_wrong_overrides(config_file, overrides, message):
         ({"refusal_warmup": {"max_steps": 1}}, "refusal_warmup works on cached features"),
         ({"streaming": True}, "a stream has no end: set training.max_steps"),
         (
+            {"streaming": True, "rows_per_epoch": 9, "training": {"max_steps": 3, "use_cpu": True}},
+            "a stream has no epochs: leave out rows_per_epoch",
+        ),
+        (
             {"training": {"eval_strategy": "steps", "eval_steps": 1, "use_cpu": True}},
             "training.eval_strategy needs eval_data: name held-out rows",
         ),
