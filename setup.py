@@ -23,6 +23,8 @@ EXTRAS = {
     # assembling the small checkpoint: its two pretrained parts are published as GGUF and ONNX files
     "small": ["gguf>=0.18", "onnx>=1.20"],
     "trl": ["trl>=1.16"],
+    # a language model of 4 or 8 bits while training
+    "quantization": ["bitsandbytes>=0.50"],
     "eval": ["evaluate>=0.4.6", "scipy>=1.15"],
     # parity of imported weights with Meta's own implementation
     "segment-anything": ["segment-anything>=1.0", "torchvision>=0.28"],

@@ -57,6 +57,8 @@ class MglmmPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = ["SamMaskDecoder", "SamVisionNeck"]
+    # By names from the root: no quantisation of transformers touches these.
+    _keep_in_fp32_modules = {"model.mask_projector", "model.prompt_encoder", "model.mask_decoder", "model.pixel_neck"}
     _keep_in_fp32_modules_strict = {"mask_projector", "prompt_encoder", "mask_decoder", "pixel_neck"}
     _supports_sdpa = True
     _supports_flash_attn = True

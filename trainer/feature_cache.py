@@ -51,6 +51,10 @@ class FeatureCache:
         count = 0
         batch: list[tuple[Path, Image.Image]] = []
         for image in tqdm(images, total=total, desc="image features", unit="image"):
+            try:
+                processor.frame_of(image.size[::-1])
+            except ValueError:  # too thin for the encoders; the collator names its row
+                continue
             path = self.path_of(image)
             if not path.is_file() and all(path != other for other, _ in batch):
                 batch.append((path, image))

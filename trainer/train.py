@@ -31,12 +31,12 @@ from .interruption import StopOnSigterm
 from .mglmm_trainer import MglmmTrainer
 from .mixture import Mixture, load_mixture
 from .mixture_stream import load_stream
+from .run_card import run_card
 from .trainable import make_trainable
 from .training_args import MglmmTrainingArguments
 
 NEW_TOKENS = [PHRASE_START, PHRASE_END, SEG_TOKEN]
-FULL_PRECISION = ["vision_tower", "pixel_encoder", "pixel_neck", "multi_modal_projector", "mask_projector"]
-FULL_PRECISION += ["prompt_encoder", "mask_decoder", "lm_head"]  # of a quantised model
+NOT_QUANTIZED = r"(?!model\.language_model\.).*"  # everything but the language model, head included
 
 
 def load_model(config: RunConfig) -> tuple[MglmmForConditionalGeneration, MglmmProcessor]:
@@ -57,21 +57,37 @@ def load_model(config: RunConfig) -> tuple[MglmmForConditionalGeneration, MglmmP
             parts["vision_tower"], parts["language_model"], parts["sam"], processor, dtype=dtype
         )
         return model, processor
-    processor = MglmmProcessor.from_pretrained(config.model)
     if config.quantization is not None:
-        four = config.quantization == "4bit"
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=four,
-            load_in_8bit=not four,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=FULL_PRECISION,
-        )
-        return MglmmForConditionalGeneration.from_pretrained(config.model, quantization_config=quantization), processor
+        return _load_quantized(config.model, config.quantization, dtype), MglmmProcessor.from_pretrained(config.model)
+    processor = MglmmProcessor.from_pretrained(config.model)
     model = MglmmForConditionalGeneration.from_pretrained(config.model)
     model.model.language_model.to(dtype)
     model.lm_head.to(dtype)
     model.tie_weights()
     return model, processor
+
+
+def _load_quantized(folder: str, kind: str, dtype: torch.dtype) -> MglmmForConditionalGeneration:
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError as error:
+        raise ImportError("quantization needs bitsandbytes: pip install 'mglmm[quantization]'") from error
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=kind == "4bit",
+        load_in_8bit=kind == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[NOT_QUANTIZED],
+    )
+    model = MglmmForConditionalGeneration.from_pretrained(folder, quantization_config=quantization)
+    model.model.language_model.to(dtype)  # norms and embeddings; quantised weights stay
+    model.lm_head.to(dtype)
+    model.tie_weights()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On some CPUs it would pack the weights at the first evaluation, after which no gradient passes them.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def fill_cache(
@@ -83,7 +99,8 @@ def fill_cache(
         numbers: list[int] = []
         first = 0
         for rows in mixture.datasets:  # one by one: two datasets may give the same id to different pictures
-            numbers += (first + np.unique(np.array(rows["image_id"]), return_index=True)[1]).tolist()
+            pictures = [f"{source}/{name}" for source, name in zip(rows["source"], rows["image_id"], strict=True)]
+            numbers += (first + np.unique(np.array(pictures), return_index=True)[1]).tolist()
             first += len(rows)
         share = numbers[state.process_index :: state.num_processes]
         images = (image for image in (mixture[number]["image"] for number in share) if image is not None)
@@ -102,6 +119,15 @@ def load_adapter(model: PeftModel, folder: str) -> None:
     set_peft_model_state_dict(model, weights)
 
 
+def _keep_base(model: MglmmForConditionalGeneration, processor: MglmmProcessor, folder: Path) -> None:
+    """A model made of parts is written once, and named, so that its adapter has a base to be put on."""
+    if PartialState().is_main_process and not (folder / "config.json").is_file():
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    PartialState().wait_for_everyone()
+    model.config._name_or_path = model.name_or_path = str(folder)
+
+
 def check_run(config: RunConfig, args: MglmmTrainingArguments) -> None:
     """Raises `ValueError` for settings that do not go together, before anything is loaded."""
     for stage in stages.NAMES:
@@ -117,6 +143,11 @@ def check_run(config: RunConfig, args: MglmmTrainingArguments) -> None:
             raise ValueError("a stream has no end: set training.max_steps")
         if config.rows_per_epoch is not None:
             raise ValueError("a stream has no epochs: leave out rows_per_epoch")
+    mask_path = {"mask_projector", "mask_decoder", "pixel_neck"}
+    if config.mask_warmup is not None and (left_out := sorted(mask_path - set(args.trained_modules))):
+        raise ValueError(
+            f"mask_warmup trains {', '.join(left_out)}, which the result would lack: name it in trained_modules"
+        )
     if config.refusal_warmup is not None and args.lora_r == 0:
         raise ValueError("refusal_warmup trains LoRA: set training.lora_r above 0")
     if config.adapter is not None and "language_model" in args.trained_modules:
@@ -165,6 +196,9 @@ def run(config: RunConfig) -> Path:
     if "mask_warmup" in stage_args and cache is not None:
         stages.mask_warmup(model, processor, all_rows, cache, *stage_args["mask_warmup"], output_dir=output_dir)
 
+    if isinstance(config.model, dict):
+        _keep_base(model, processor, output_dir / "base")
+    card = run_card(model, processor, config, args)
     new_tokens = processor.tokenizer.convert_tokens_to_ids(NEW_TOKENS)
     set_seed(args.seed)  # here, so that LoRA starts alike whether or not the first stage ran in this process
     trained = make_trainable(model, args, new_tokens)
@@ -199,6 +233,7 @@ def run(config: RunConfig) -> Path:
     trainer.save_model(str(output_dir))
     if trainer.is_world_process_zero():
         processor.save_pretrained(output_dir)
+        card.save(output_dir / "README.md")  # in place of PEFT's empty form
         write_log(trainer.state.log_history, output_dir, "training")
     return output_dir
 

@@ -16,7 +16,7 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from mglmm.modeling_mglmm import MglmmForConditionalGeneration
 from mglmm.processing import MglmmProcessor
 from mglmm.processing.uscdf import PHRASE_END, PHRASE_START, SEG_TOKEN
-from mglmm.trainer import stages, train
+from mglmm.trainer import curves, train
 from mglmm.trainer.checks import examine
 from mglmm.trainer.config import RunConfig
 from mglmm.trainer.data_collator import MglmmDataCollator
@@ -26,11 +26,12 @@ from tests.tiny import tiny_config, tiny_model, tiny_processor
 from tests.trainer.conftest import training_arguments
 
 KINDS = ("4bit", "8bit")
+COMBINATIONS = [("4bit", "bfloat16"), ("8bit", "float32")]  # and dtype of what is not quantised in the language model
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}  # blocks of 64 weights
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PROJECTIONS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LINEARS = {f"model.language_model.layers.{layer}.{name}" for layer in range(2) for name in PROJECTIONS}
-MASK_PATH = ("mask_projector", "prompt_encoder", "mask_decoder", "pixel_encoder")
+MASK_PATH = ("mask_projector", "prompt_encoder", "mask_decoder")
 
 
 class Base(NamedTuple):
@@ -71,8 +72,7 @@ def test_without_bitsandbytes_its_extra_is_named(monkeypatch):
         train.load_model(RunConfig(model="nowhere", data=[], training={}, quantization="4bit"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), COMBINATIONS)
 def test_exactly_the_linear_layers_of_the_language_model_are_quantised(base, kind, dtype):
     model = load(base, kind, dtype)
     layers = quantized(model)
@@ -119,8 +119,7 @@ def test_outputs_are_those_of_the_rounded_weights(base, rows, kind, weight_error
     assert outputs.pred_masks.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), COMBINATIONS)
 def test_an_adapter_learns_and_loads_back(base, rows, kind, dtype, tmp_path):
     base_model = load(base, kind, dtype)
     processor = base.processor
@@ -155,9 +154,9 @@ def test_an_adapter_learns_and_loads_back(base, rows, kind, dtype, tmp_path):
     assert torch.equal(outputs.logits, expected.logits) and torch.equal(outputs.pred_masks, expected.pred_masks)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["4bit"])
 def test_a_run_with_evaluation(base, kind, dataset_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(curves, "plot_curves", lambda *args, **kwargs: None)
     training = {
         "output_dir": str(tmp_path / "run"),
         "max_steps": 2,

@@ -135,8 +135,9 @@ def test_packed_questions_do_not_see_each_other(tiny_shared, asked, tmp_path):
     assert start == 4
 
 
-def test_it_learns_to_refuse_and_changes_nothing_else(adapted, asked, tmp_path):
-    model, processor = adapted(shared=True, lora_dropout=0.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_to_refuse_and_changes_nothing_else(adapted, asked, tmp_path, dtype):
+    model, processor = adapted(shared=True, lora_dropout=0.0, language_model_dtype=dtype)
     images = ImageQuestions(asked)
     cache = FeatureCache(tmp_path / "features", model.get_base_model(), processor)
     cache.fill(model.get_base_model(), processor, [images[i]["image"] for i in range(2)])
