@@ -34,8 +34,9 @@ style: $(READY) ## ruff (lint and format) and mypy
 	@for entry in mglmm/* $(ROOMS); do ln -s "../../$$entry" .types/mglmm/; done
 	@cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p mglmm
 
-bench: $(READY) ## measure the speed and memory of inference and of preparing data
+bench: $(READY) ## measure the speed and memory of inference, of a training step and of preparing data
 	@$(BIN)/python benchmarks/inference.py
+	@$(BIN)/python benchmarks/train_step.py
 	@$(BIN)/python benchmarks/prepare.py
 
 clean: ## remove builds, caches and out/ (the set-up itself: rm -r .venv)

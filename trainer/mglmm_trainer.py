@@ -106,7 +106,7 @@ class MglmmTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         self._note_skipped(inputs.pop("skipped_rows", []))
-        inputs["num_masks_in_batch"] = self._num_masks if model.training else None
+        inputs |= {"num_masks_in_batch": self._num_masks if model.training else None, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         parts = torch.stack([outputs[name].detach().float() for name in LOSS_PARTS])
         counts = _counts(inputs, outputs)

@@ -24,7 +24,7 @@ def test_only_the_tables_of_the_script_are_replaced(tables: ModuleType, tmp_path
         tables.write_tables(readme, "c.py", "figures\n")
 
 
-@pytest.mark.parametrize("name", ["inference.py", "prepare.py"])
+@pytest.mark.parametrize("name", ["inference.py", "prepare.py", "train_step.py"])
 def test_readme_has_the_markers(tables: ModuleType, name: str) -> None:
     text = tables.README.read_text(encoding="utf-8")
     assert [text.count(marker) for marker in tables.markers(name)] == [1, 1]

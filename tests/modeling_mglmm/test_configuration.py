@@ -43,7 +43,7 @@ def test_default_is_the_model_of_the_paper() -> None:
         {"sam_config": {"prompt_encoder_config": {"image_size": 512}, "vision_config": {"image_size": 512}}},
         {"pixel_config": {"model_type": "dinov2", "hidden_size": 384}, "pixel_feature_layer": [2, -1]},
         {"share_vision_tower": True, "vision_feature_layer": [4, 8], "image_token_stride": 4},
-        {"vision_feature_select_strategy": "full", "bce_loss_weight": 1, "mask_chunk_size": 8},
+        {"vision_feature_select_strategy": "full", "bce_loss_weight": 1, "mask_chunk_size": 4},
         {"text_config": {"model_type": "qwen2", "tie_word_embeddings": True}},
     ],
 )
@@ -83,7 +83,7 @@ def test_tied_embeddings_of_the_language_model_count() -> None:
         ({"vision_config": 3}, "vision_config"),
         ({"share_vision_tower": True, "pixel_config": {"model_type": "dinov2"}}, "leave pixel_config unset"),
         ({"share_vision_tower": True, "vision_feature_select_strategy": "full"}, "needs patch tokens only"),
-        ({"image_token_stride": 0}, r"image_token_stride \(0\) and mask_chunk_size \(64\) must be >= 1"),
+        ({"image_token_stride": 0}, r"image_token_stride \(0\) and mask_chunk_size \(8\) must be >= 1"),
         ({"image_token_stride": 2, "vision_feature_select_strategy": "full"}, "pools patch tokens"),
         ({"vision_feature_layer": []}, "at least one layer"),
         ({"sam_config": {"mask_decoder_config": {"hidden_size": 128}}}, r"mask decoder \(128\)"),

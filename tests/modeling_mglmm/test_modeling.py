@@ -170,7 +170,7 @@ def test_chunks_of_masks_change_nothing(tiny) -> None:
         whole = tiny.model.model.decode_masks(states, index, embeddings)
         tiny.model.config.mask_chunk_size = 2
         chunks = tiny.model.model.decode_masks(states, index, embeddings)
-        tiny.model.config.mask_chunk_size = 64
+        tiny.model.config.mask_chunk_size = 8
     torch.testing.assert_close(whole, chunks, rtol=0, atol=1e-5)
     assert tiny.model.model.decode_masks(states[:0], index[:0], embeddings).shape == (0, 16, 16)
 
