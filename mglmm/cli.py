@@ -180,7 +180,7 @@ def train(
     ] = "ddp",
 ) -> None:
     """Train from a recipe; a run that was stopped goes on where it was. Start it by torchrun or accelerate for several GPUs."""
-    overrides = [*context.args, *(["--training.strict", "true"] if strict else [])]
+    overrides = [*context.args, *(["--strict", "true"] if strict else [])]
     if plan:
         from .trainer.config import read_config
         from .trainer.plan import plan as make_plan

@@ -79,19 +79,21 @@ class RunConfig:
 
 def read_config(path: str | Path, overrides: list[str]) -> RunConfig:
     """
-    The run of a YAML file with `--key value` (dotted for nested keys: `--training.max_steps 10`) laid over it.
+    The run of a YAML file with `--key value` (dotted for nested keys: `--data.weight 3`) laid over it; of `training` the
+    name alone will do: `--max_steps 10`.
 
     Raises `ValueError` naming the nearest right key for a misspelt one.
     """
-    values = read_yaml(path, overrides)
-    check_names(values, [f.name for f in fields(RunConfig)], str(path))
+    known = [f.name for f in fields(MglmmTrainingArguments)]
+    run_names = [f.name for f in fields(RunConfig)]
+    values = read_yaml(path, overrides, [name for name in known if name not in run_names])
+    check_names(values, run_names, str(path))
     check_present(values, ("model", "data", "training"), str(path))
     if isinstance(values["model"], dict):
         check_names(values["model"], list(PARTS), f"{path}: model")
         check_present(values["model"], PARTS, f"{path}: model")
     for key in ("data", "eval_data"):
         values[key] = read_data(values.get(key) or [], f"{path}: {key}")
-    known = [f.name for f in fields(MglmmTrainingArguments)]
     check_names(values["training"], known, f"{path}: training")
     for stage, more in STAGES.items():
         if values.get(stage) is not None:
@@ -106,8 +108,11 @@ def read_config(path: str | Path, overrides: list[str]) -> RunConfig:
     return config
 
 
-def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
-    """The mapping of a YAML file with `--key value` pairs laid over it; raises `ValueError` for anything else."""
+def read_yaml(path: str | Path, overrides: list[str], of_training: list[str]) -> dict[str, Any]:
+    """
+    The mapping of a YAML file with `--key value` pairs laid over it, those of `of_training` over its mapping `training`;
+    raises `ValueError` for anything else.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}: name the YAML file of a run")
     try:
@@ -121,6 +126,8 @@ def read_yaml(path: str | Path, overrides: list[str]) -> dict[str, Any]:
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
         target = values
         *parents, last = key.removeprefix("--").split(".")
+        if not parents and last in of_training:
+            parents = ["training"]
         for parent in parents:
             target = target[int(parent)] if isinstance(target, list) else target.setdefault(parent, {})
             if not isinstance(target, dict | list):

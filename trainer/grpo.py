@@ -93,20 +93,19 @@ class MglmmGRPOTrainer(GRPOTrainer):
 
 def read_grpo_config(path: str | Path, overrides: list[str]) -> GRPORunConfig:
     """
-    The run of a YAML file with `--key value` (dotted for nested keys: `--training.max_steps 10`) laid over it.
+    The run of a YAML file with `--key value` (dotted for nested keys: `--data.weight 3`) laid over it; of `training` the
+    name alone will do: `--max_steps 10`.
 
     Raises `ValueError` naming the nearest right key for a misspelt one.
     """
-    values = read_yaml(path, overrides)
-    check_names(values, [f.name for f in fields(GRPORunConfig)], str(path))
+    known = [f.name for f in fields(MglmmGRPOConfig) if f.name != "reward_weights"]
+    run_names = [f.name for f in fields(GRPORunConfig)]
+    values = read_yaml(path, overrides, [name for name in known if name not in run_names])
+    check_names(values, run_names, str(path))
     check_present(values, ("model", "data", "rewards", "training"), str(path))
     values["data"] = read_data(values["data"], f"{path}: data")
     check_names(values["rewards"], list(REWARDS), f"{path}: rewards")
-    check_names(
-        values["training"],
-        [f.name for f in fields(MglmmGRPOConfig) if f.name != "reward_weights"],
-        f"{path}: training",
-    )
+    check_names(values["training"], known, f"{path}: training")
     config = GRPORunConfig(**values)
     for name, weight in config.rewards.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:

@@ -217,7 +217,7 @@ def test_train_passes_settings_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert run("train", "run.yaml", "--strict", "--training.max_steps", "3") == 0
     assert calls == [
         ["run.yaml", "--training.max_steps", "10", "--model", "folder"],
-        ["run.yaml", "--training.max_steps", "3", "--training.strict", "true"],
+        ["run.yaml", "--training.max_steps", "3", "--strict", "true"],
     ]
 
 

@@ -247,3 +247,15 @@ def test_evaluation_is_exact_whatever_the_batches(trainer_of, batch_size):
     for name in ("loss", *LOSS_PARTS):
         assert metrics[f"eval_{name}"] == pytest.approx(float(outputs[name]), rel=1e-4), name
     assert metrics["eval_mask_iou"] == pytest.approx(float(mask_ious(outputs.pred_masks, batch["mask_labels"]).mean()))
+
+
+def test_tensorboard_gets_what_is_logged(trainer_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = trainer_of(uneven_rows(), per_device_train_batch_size=2, max_steps=2, report_to=["tensorboard"])
+    trainer.train()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    for name in ("loss", *LOSS_PARTS, "mask_iou", "tokens_per_second", "masks_per_second", "images_per_second"):
+        values = [event.value for event in events.Scalars(f"train/{name}")]
+        assert values == pytest.approx([entry[name] for entry in logged(trainer) if name in entry], rel=1e-5), name

@@ -94,6 +94,7 @@ def test_a_file_that_is_no_mapping(tmp_path):
     ("overrides", "value"),
     [
         (["--model", "other"], lambda c: c.model == "other"),
+        (["--max_steps", "7"], lambda c: c.training["max_steps"] == 7),  # what belongs to training is known by its name
         (["--training.max_steps", "7"], lambda c: c.training["max_steps"] == 7),
         (["--training.report_to", "[]"], lambda c: c.training["report_to"] == []),
         (["--data.task_weights.fine", "2"], lambda c: c.data[0].task_weights == {"fine": 2}),  # in a new mapping
