@@ -19,7 +19,7 @@ from mglmm.modeling_mglmm.mask_losses import mask_ious
 
 from .mixture import Mixture, MixtureSampler
 from .mixture_stream import Stream, StreamLoader
-from .training_args import TRAINED_MODULES, MglmmTrainingArguments
+from .training_args import MASK_MODULES, MglmmTrainingArguments
 
 LOSS_PARTS = ("ce_loss", "mask_bce_loss", "mask_dice_loss")
 COUNTS = ("iou", "masks", "targets", "tokens", "images")  # of a batch, summed
@@ -223,7 +223,7 @@ class MglmmTrainer(Trainer):
             groups: dict[tuple[float, float], list] = {}
             for name, parameter in trained.named_parameters():
                 if parameter.requires_grad:
-                    mask_path = any(f".{module}." in name for module in TRAINED_MODULES)
+                    mask_path = any(f".{module}." in name for module in MASK_MODULES)
                     rate = mask_rate if mask_path else args.learning_rate
                     weight_decay = args.weight_decay if name in decay else 0.0
                     groups.setdefault((rate, weight_decay), []).append(parameter)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 # Trained in full beside LoRA and the new tokens' rows; those that a model lacks are passed over.
-TRAINED_MODULES = ("multi_modal_projector", "mask_projector", "mask_decoder", "pixel_neck")
+MASK_MODULES = ("mask_projector", "mask_decoder", "pixel_neck")  # of them, what only the masks depend on
+TRAINED_MODULES = ("multi_modal_projector", *MASK_MODULES)
 
 
 @dataclass
@@ -31,7 +32,7 @@ class MglmmTrainingArguments(TrainingArguments):
             configuration (1, 2 and 0.5 in the paper).
 
     Parameters that control optimisation:
-        mask_learning_rate (`float`, *optional*): Learning rate of projectors, neck and mask decoder;
+        mask_learning_rate (`float`, *optional*): Learning rate of mask projector, neck and mask decoder;
             `learning_rate` if unset.
 
     Parameters that control the data:

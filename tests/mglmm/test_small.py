@@ -102,3 +102,12 @@ def test_answers_are_well_formed(small_pipeline, question):
         answer = small_pipeline(file.name, question, max_new_tokens=96)
     assert is_well_formed(answer.text)
     assert answer.clean_text
+
+
+@pytest.mark.parametrize("thing", ["the pizza", "the zebra"])
+def test_what_is_not_there_is_refused(small_pipeline, thing):
+    from matplotlib.cbook import get_sample_data
+
+    with get_sample_data("grace_hopper.jpg") as file:
+        answer = small_pipeline(file.name, f"Segment {thing}.", max_new_tokens=48)
+    assert not answer.segments and thing.removeprefix("the ") in answer.clean_text

@@ -11,7 +11,7 @@ import torch
 from mglmm.modeling_mglmm.mask_losses import mask_ious
 from mglmm.trainer.data_collator import MglmmDataCollator
 from mglmm.trainer.mglmm_trainer import LOSS_PARTS, MglmmTrainer
-from mglmm.trainer.training_args import TRAINED_MODULES
+from mglmm.trainer.training_args import MASK_MODULES
 from tests.trainer.conftest import training_arguments, uscdf_row
 
 
@@ -157,13 +157,13 @@ def test_learning_rates_and_weight_decay_by_group(trainer_of, rows):
     assert of[f"{language}.layers.0.self_attn.q_proj.lora_A.default.weight"] == (1e-3, 0.1)
     assert of[f"{language}.embed_tokens.token_adapter.trainable_tokens_delta.default"] == (1e-3, 0.1)
     assert of["lm_head.token_adapter.trainable_tokens_delta.default"] == (1e-3, 0.1)
-    assert of["model.multi_modal_projector.modules_to_save.default.linear_1.weight"] == (3e-4, 0.1)
+    assert of["model.multi_modal_projector.modules_to_save.default.linear_1.weight"] == (1e-3, 0.1)  # the text's, too
     assert of["model.mask_projector.modules_to_save.default.linear_1.bias"] == (3e-4, 0.0)
     decoder = "model.mask_decoder.modules_to_save.default"
     assert of[f"{decoder}.upscale_conv1.weight"] == (3e-4, 0.1)
     assert of[f"{decoder}.transformer.layers.0.layer_norm1.weight"] == (3e-4, 0.0)
     for name, (rate, _) in of.items():
-        assert rate == (3e-4 if any(f".{module}." in name for module in TRAINED_MODULES) else 1e-3), name
+        assert rate == (3e-4 if any(f".{module}." in name for module in MASK_MODULES) else 1e-3), name
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,13 @@ def test_recipes_fit_on_their_gpus(recipe, file):
     folders = [data.path for data in config.data] + ([config.adapter] if config.adapter else [])
     assert result.missing == folders
     assert not any("bf16" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("name", ["mglmm_small", "mglmm_small_refusals"])
+def test_the_recipes_of_the_small_model_fit_together(name):
+    config = read_config(RECIPES / f"{name}.yaml", [])
+    first = read_config(RECIPES / "mglmm_small.yaml", [])
+    assert config.model == first.model and config.data[0].path == first.data[0].path
+    assert config.adapter == (None if name == "mglmm_small" else first.training["output_dir"])
+    same = ("lora_r", "lora_alpha", "lora_target", "cache_image_features")  # or the adapter would not fit
+    assert all(config.training[key] == first.training[key] for key in same)
