@@ -203,6 +203,6 @@ def test_every_dataset_has_its_line() -> None:
     assert listed and sorted(listed) == sorted((n, b.__module__.rpartition(".")[2]) for n, b in BUILDERS.items())
 
 
-@pytest.mark.parametrize(("guide", "lines"), [(OWN_DATA, 150), (DATA, 150), (TRAINING, 250)])
+@pytest.mark.parametrize(("guide", "lines"), [(OWN_DATA, 150), (DATA, 150), (TRAINING, 265)])
 def test_a_guide_is_short_enough_to_be_read(guide: str, lines: int) -> None:
     assert len(guide.splitlines()) <= lines
