@@ -172,7 +172,7 @@ def test_training(training_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
     run = Path("runs/hats")
     log = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
-    table = TRAINING[TRAINING.index("## What it prints") : TRAINING.index("<!-- run -->")]
+    table = TRAINING[TRAINING.index("## What it prints") : TRAINING.index("A run that was measured")]
     said = {
         name for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE) for name in re.findall(r"\w+", cell)
     }
