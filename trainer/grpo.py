@@ -255,8 +255,7 @@ def run_grpo(config: GRPORunConfig) -> Path:
         ),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))
-    if stop.received:
-        return output_dir
+    stop.raise_if_received(trainer)
     trainer.save_model(str(output_dir))
     if trainer.is_world_process_zero():
         write_log(trainer.state.log_history, output_dir, "grpo")
@@ -267,5 +266,8 @@ def main(arguments: list[str]) -> None:
     """`arguments`: the YAML file, then overrides."""
     if not arguments:
         raise ValueError("usage: mglmm grpo CONFIG.yaml [--key value ...]")
-    folder = run_grpo(read_grpo_config(arguments[0], arguments[1:]))
-    print(f"adapter, log and curves: {folder}")
+    try:
+        folder = run_grpo(read_grpo_config(arguments[0], arguments[1:]))
+        print(f"adapter, log and curves: {folder}")
+    except InterruptedError as stop:
+        print(stop)

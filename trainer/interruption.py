@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 
 class StopOnSigterm(TrainerCallback):
@@ -40,3 +40,9 @@ class StopOnSigterm(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, self._previous)
+
+    def raise_if_received(self, trainer: Trainer) -> None:
+        """Raises `InterruptedError`, which says where the training stopped."""
+        if self.received:
+            folder, step = trainer.args.output_dir, trainer.state.global_step
+            raise InterruptedError(f"stopped by SIGTERM after step {step}, saved in {folder}: the same command goes on")

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
-from transformers import Trainer
 
 from mglmm.modeling_mglmm import MglmmForConditionalGeneration, MglmmImageFeatures
 from mglmm.modeling_mglmm.mask_losses import mask_losses
@@ -39,7 +38,6 @@ from .trainable import UNTRAINED
 
 QUESTION = "Please segment {}."
 ANSWER = "Sure, {}."
-LOSS_PARTS = ("mask_bce_loss", "mask_dice_loss", "pixel_loss", "word_loss", "presence_loss")
 MASK_PATH = ("pixel_neck", "mask_projector", "prompt_encoder", "mask_decoder")
 TEMPERATURE = 0.07  # of the contrast between the phrases of a batch, as in CLIP's initialisation
 WORD_WEIGHT = 0.25  # as strong as the presence loss, the image tokens tell less well what is absent
@@ -263,22 +261,3 @@ def presence_loss(tokens: torch.Tensor, vocabulary: torch.Tensor, present: torch
     logits = PRESENCE_SCALE * (similarity.amax(1) - PRESENT_SIMILARITY)
     losses = F.binary_cross_entropy_with_logits(logits, present.to(logits), reduction="none")
     return losses[present].sum() / present.sum().clamp_min(1) + losses[~present].sum() / (~present).sum().clamp_min(1)
-
-
-class MaskWarmupTrainer(Trainer):
-    """`Trainer` over `MaskWarmup`, whose batches hold no `labels`; logs the losses beside their sum."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._parts: list[dict[str, torch.Tensor]] = []
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        self._parts.append({name: outputs[name].detach() for name in LOSS_PARTS if name in outputs})
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._parts:
-            logs |= {name: torch.stack([p[name] for p in self._parts]).mean().item() for name in self._parts[0]}
-            self._parts = []
-        super().log(logs, start_time)

@@ -167,11 +167,13 @@ class MglmmTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         training, self._sums = self._sums, torch.zeros_like(self._sums)
+        started = time.perf_counter()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         sums = self._take_sums()
         self._sums = training
+        self._since += time.perf_counter() - started  # the throughput is that of training
         masks, targets = max(sums["masks"], 1.0), max(sums["targets"], 1.0)
         means = {
             "ce_loss": sums["ce_loss"] / targets,

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer
 
 from mglmm.modeling_mglmm import MglmmForConditionalGeneration, MglmmImageFeatures
 from mglmm.processing import MglmmProcessor
@@ -30,7 +29,6 @@ from mglmm.processing.uscdf import IMAGE_TOKEN, SEG_TOKEN
 from .feature_cache import FeatureCache
 
 TASKS = ("referring", "absent")
-LOSS_PARTS = ("refusal_loss", "refused_absent", "refused_present")
 DECISIVE = 3  # times as often before one kind of answer as before the other: then a token decides
 OTHER_TOKEN_WEIGHT = 0.2  # of the probability that no deciding token gets
 
@@ -256,22 +254,3 @@ class RefusalWarmup(nn.Module):
 
 def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return (values * where).sum() / where.sum().clamp_min(1)
-
-
-class RefusalWarmupTrainer(Trainer):
-    """`Trainer` over `RefusalWarmup`, whose batches hold no `labels`; logs how much is refused beside the loss."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._parts: list[dict[str, torch.Tensor]] = []
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        self._parts.append({name: outputs[name].detach() for name in LOSS_PARTS})
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._parts:
-            logs |= {name: torch.stack([p[name] for p in self._parts]).mean().item() for name in LOSS_PARTS}
-            self._parts = []
-        super().log(logs, start_time)

@@ -11,7 +11,6 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
 
 from mglmm.modeling_mglmm import MglmmForConditionalGeneration
 from mglmm.processing import MglmmProcessor
@@ -20,17 +19,18 @@ from .checkpoints import last_checkpoint
 from .config import STAGES, training_arguments
 from .curves import write_log
 from .feature_cache import FeatureCache
+from .interruption import StopOnSigterm
 from .mask_warmup import (
     MaskWarmup,
     MaskWarmupCollator,
-    MaskWarmupTrainer,
     phrase_states,
     phrase_words,
     phrases_of,
     standardise_prompts,
     words_of_images,
 )
-from .refusal_warmup import ImageQuestions, RefusalCollator, RefusalWarmup, RefusalWarmupTrainer, deciding_tokens
+from .refusal_warmup import ImageQuestions, RefusalCollator, RefusalWarmup, deciding_tokens
+from .stage_trainer import StageTrainer
 from .training_args import MglmmTrainingArguments
 
 NAMES = tuple(STAGES)
@@ -67,8 +67,7 @@ def mask_warmup(
         wrapper = MaskWarmup(
             model, torch.stack(vectors) if vectors else torch.zeros(0, len(next(iter(words.values()))))
         )
-        trainer = MaskWarmupTrainer(model=wrapper, args=args, train_dataset=with_masks, data_collator=collator)
-        _train(trainer, model, result)
+        _train(StageTrainer(wrapper, args, collator, with_masks), model, result)
     model.load_state_dict(load_file(result), strict=False)
 
 
@@ -90,16 +89,17 @@ def refusal_warmup(
         decision = deciding_tokens(processor, images.openings)
         wrapper = RefusalWarmup(model, decision)
         collator = RefusalCollator(processor, cache, decision, own.get("questions_per_image", 16))
-        _train(
-            RefusalWarmupTrainer(model=wrapper, args=args, train_dataset=images, data_collator=collator), model, result
-        )
+        _train(StageTrainer(wrapper, args, collator, images), model, result)
     model.load_state_dict(load_file(result), strict=False)
     for parameter in trainable:
         parameter.requires_grad_(True)
 
 
-def _train(trainer: Trainer, model: nn.Module, result: Path) -> None:
+def _train(trainer: StageTrainer, model: nn.Module, result: Path) -> None:
+    sigterm = StopOnSigterm()
+    trainer.add_callback(sigterm)
     trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
+    sigterm.raise_if_received(trainer)
     if not trainer.is_world_process_zero():
         trainer.accelerator.wait_for_everyone()
         return

@@ -227,9 +227,7 @@ def run(config: RunConfig) -> Path:
     trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))
     if summary := trainer.skipped_summary():
         say(summary, flush=True)
-    step = trainer.state.global_step
-    if sigterm.received:
-        raise InterruptedError(f"stopped by SIGTERM after step {step}, saved in {output_dir}: the same command goes on")
+    sigterm.raise_if_received(trainer)
     trainer.save_model(str(output_dir))
     if trainer.is_world_process_zero():
         processor.save_pretrained(output_dir)

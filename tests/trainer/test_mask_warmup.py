@@ -13,7 +13,6 @@ from mglmm.trainer.feature_cache import FeatureCache
 from mglmm.trainer.mask_warmup import (
     MaskWarmup,
     MaskWarmupCollator,
-    MaskWarmupTrainer,
     phrase_states,
     phrase_words,
     phrases_of,
@@ -22,6 +21,7 @@ from mglmm.trainer.mask_warmup import (
     word_loss,
     words_of_images,
 )
+from mglmm.trainer.stage_trainer import StageTrainer
 from tests.tiny import tiny_model
 from tests.trainer.conftest import BOXES, box_mask, training_arguments, uscdf_row
 
@@ -107,7 +107,7 @@ def test_only_the_mask_path_changes_and_the_loss_falls(stage, rows, tmp_path: Pa
         save_steps=20,
     )
     with_masks = [row for row in rows if row["masks"]]
-    trainer = MaskWarmupTrainer(
+    trainer = StageTrainer(
         model=warmup_of(model, processor), args=args, train_dataset=with_masks, data_collator=collator_of(3)
     )
     trainer.train()

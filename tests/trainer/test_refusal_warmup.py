@@ -13,9 +13,9 @@ from mglmm.trainer.refusal_warmup import (
     Question,
     RefusalCollator,
     RefusalWarmup,
-    RefusalWarmupTrainer,
     deciding_tokens,
 )
+from mglmm.trainer.stage_trainer import StageTrainer
 from tests.trainer.conftest import training_arguments, uscdf_row
 
 
@@ -145,7 +145,7 @@ def test_it_learns_to_refuse_and_changes_nothing_else(adapted, asked, tmp_path, 
     decision = deciding_tokens(processor, images.openings)
     wrapper = RefusalWarmup(model, decision)
     args = training_arguments(tmp_path / "run", max_steps=30, per_device_train_batch_size=2, learning_rate=1e-2)
-    trainer = RefusalWarmupTrainer(
+    trainer = StageTrainer(
         model=wrapper, args=args, train_dataset=images, data_collator=RefusalCollator(processor, cache, decision, 4)
     )
     trainer.train()

@@ -15,8 +15,8 @@ from mglmm.modeling_mglmm import MglmmForConditionalGeneration
 from mglmm.processing import MglmmProcessor
 from mglmm.trainer import curves, stages, train
 from mglmm.trainer.data_collator import MglmmDataCollator
-from mglmm.trainer.mask_warmup import MaskWarmupTrainer
 from mglmm.trainer.mglmm_trainer import MglmmTrainer
+from mglmm.trainer.stage_trainer import StageTrainer
 from tests.tiny import tiny_model, tiny_processor
 from tests.trainer.conftest import uscdf_row, write_dataset
 
@@ -121,7 +121,7 @@ def test_a_run_writes_adapter_log_and_curves(config_file, model_folder, tmp_path
 @pytest.mark.parametrize(
     ("trainer", "step"),
     [
-        (MaskWarmupTrainer, 3),  # in the first stage, after its checkpoint of step 2
+        (StageTrainer, 3),  # in the first stage, after its checkpoint of step 2
         (MglmmTrainer, 0),  # between the stages
         (MglmmTrainer, 3),  # in the second stage, after its checkpoint of step 2
     ],
@@ -136,7 +136,7 @@ def test_a_killed_run_continues(config_file, tmp_path, monkeypatch, trainer, ste
     warmed_up = folder / "mask_warmup.safetensors"
     assert warmed_up.exists() == (trainer is MglmmTrainer)
 
-    steps = {MaskWarmupTrainer: 0, MglmmTrainer: 0}
+    steps = {StageTrainer: 0, MglmmTrainer: 0}
     for kind in steps:
         original = kind.training_step
 
@@ -147,10 +147,10 @@ def test_a_killed_run_continues(config_file, tmp_path, monkeypatch, trainer, ste
         monkeypatch.setattr(kind, "training_step", counted)
     train.main([str(config_file)])
     resumed_at = 2 if step else 0
-    if trainer is MaskWarmupTrainer:
-        assert steps == {MaskWarmupTrainer: 4 - resumed_at, MglmmTrainer: 4}
+    if trainer is StageTrainer:
+        assert steps == {StageTrainer: 4 - resumed_at, MglmmTrainer: 4}
     else:
-        assert steps == {MaskWarmupTrainer: 0, MglmmTrainer: 4 - resumed_at}
+        assert steps == {StageTrainer: 0, MglmmTrainer: 4 - resumed_at}
     assert [entry["step"] for entry in log_of(folder, "training")] == [1, 2, 3, 4]
     assert [entry["step"] for entry in log_of(folder, "mask_warmup")] == [1, 2, 3, 4]
 
@@ -181,7 +181,7 @@ def test_a_killed_second_stage_ends_with_the_same_weights(config_file, tmp_path,
 def test_a_finished_run_is_not_repeated(config_file, tmp_path, monkeypatch):
     train.main([str(config_file)])
     before = adapter_of(tmp_path / "run")
-    die_at(monkeypatch, MaskWarmupTrainer, 0)
+    die_at(monkeypatch, StageTrainer, 0)
     die_at(monkeypatch, MglmmTrainer, 0)
     monkeypatch.setattr(stages, "phrase_states", None)
     train.main([str(config_file)])
