@@ -25,6 +25,8 @@ EXTRAS = {
     "trl": ["trl>=1.16"],
     # a language model of 4 or 8 bits while training
     "quantization": ["bitsandbytes>=0.50"],
+    # reading the tokenizers of published checkpoints
+    "import": ["protobuf>=5", "sentencepiece>=0.2"],
     "eval": ["evaluate>=0.4.6", "scipy>=1.15"],
     # parity of imported weights with Meta's own implementation
     "segment-anything": ["segment-anything>=1.0", "torchvision>=0.28"],
@@ -38,6 +40,7 @@ EXTRAS = {
         "ruff>=0.15",
         "segment-anything>=1.0",
         "scikit-image>=0.26",
+        "sentencepiece>=0.2",
         "setuptools>=77",
         "tensorboard>=2.20",
         "trl>=1.16",

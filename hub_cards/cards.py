@@ -33,6 +33,7 @@ def model_card(
     license: str | None = None,
     trained: Sequence[str] = (),
     training: str = "",
+    source: str = "",
     metrics: Sequence[EvalResult] = (),
     limits: Sequence[str] = (),
 ) -> ModelCard:
@@ -49,6 +50,7 @@ def model_card(
         license: Identifier that the Hub knows, such as "apache-2.0".
         trained: Names of the parts that training changed, as in the card's table of parts.
         training: Markdown on data, steps and hardware.
+        source: Markdown on where weights come from that were imported.
         metrics: Results, each with the data it was measured on.
         limits: Sentences on what this checkpoint cannot do, beside those of the architecture.
 
@@ -78,6 +80,7 @@ def model_card(
         parts=parts,
         trained=trained,
         training=training,
+        source=source,
         facts=_facts(model, processor),
         results=metrics,
         limits=[*_architecture_limits(model), *limits],

@@ -38,6 +38,9 @@ def segment(
         typer.Option(help="In place of an instruction: everything (the default), one object, or its parts."),
     ] = None,
     target: Annotated[str | None, typer.Option(help="What --granularity is about, such as 'the left person'.")] = None,
+    region: Annotated[
+        list[str] | None, typer.Option(help="Box 'x1,y1,x2,y2' in pixels for each <region> of the instruction.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the PNG, HTML and JSON files.")] = Path("out"),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     device: Annotated[
@@ -55,6 +58,7 @@ def segment(
 
     # What can be wrong is found before minutes of loading.
     instruction = make_instruction(instruction, granularity, target)
+    regions = [[float(side) for side in box.split(",")] for box in region or []]
     picture = load_image(image)
     if model is not None and model.startswith(("/", ".", "~")) and not Path(model).is_dir():
         raise FileNotFoundError(f"there is no folder {model!r}: name a checkpoint folder or a hub id")
@@ -66,7 +70,7 @@ def segment(
         TASK, model=checkpoint, device=device, pipeline_class=MglmmPipeline
     )
     with TokenProgress("answering") as progress:
-        answer = pipe(picture, instruction, max_new_tokens=max_new_tokens, streamer=progress)
+        answer = pipe(picture, instruction, regions=regions or None, max_new_tokens=max_new_tokens, streamer=progress)
     print(format_answer(answer))
     name = Path(urlsplit(image).path).stem if "://" in image else Path(image).stem
     files = save_answer(answer, output, f"{name or 'image'}-answer")
@@ -245,6 +249,64 @@ def evaluate(
     from .evaluation.held_out import to_markdown
 
     print(to_markdown(evaluate_held_out(model, data, split, output, limit=limit, batch_size=batch_size)))
+
+
+@app.command("import-weights")
+def import_weights(
+    source: Annotated[str, typer.Argument(help="Folder or hub id of a LISA, GLaMM, MGLMM or LLaVA checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    vision_tower: Annotated[
+        str | None, typer.Option(help="Folder or hub id; by default the one that the checkpoint names.")
+    ] = None,
+    sam: Annotated[str | None, typer.Option(help="For LLaVA: Meta's .pth file, a folder or a hub id.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="For a training file without config.json and tokenizer: what it started from.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of all but the mask path; by default as stored."),
+    ] = None,
+    template: Annotated[
+        Literal["v1", "llama_2"], typer.Option(help="'llama_2' for a LISA trained with such conversations.")
+    ] = "v1",
+    lora_alpha: Annotated[float, typer.Option(help="Of a LoRA that was not merged.")] = 16,
+    allow_missing: Annotated[
+        list[str] | None, typer.Option(help="Tensor (or pattern with *) that may be missing or left over.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Identifier for the card; by default the source's own.")] = None,
+) -> None:
+    """Turn a published checkpoint into an ordinary folder for from_pretrained (needs the extra import)."""
+    from .importing import import_weights as import_checkpoint
+
+    report = import_checkpoint(
+        source,
+        output,
+        vision_tower=vision_tower,
+        sam=sam,
+        base=base,
+        dtype=dtype,
+        template=template,
+        lora_alpha=lora_alpha,
+        allow_missing=allow_missing or (),
+        license=license,
+    )
+    print(f"{output}: tensors {report}")
+
+
+@app.command("export-weights")
+def export_weights(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    format: Annotated[Literal["lisa", "glamm"], typer.Option(help="Whose code shall load it.")],
+    original: Annotated[
+        Path | None, typer.Option(help="Folder with that layout's config.json and tokenizer.model, if not imported.")
+    ] = None,
+) -> None:
+    """Write a model in the layout of LISA or GLaMM, for tools that read nothing else."""
+    from .exporting import export_checkpoint
+
+    count = export_checkpoint(model, output, format, original=original)
+    print(f"{output}: {count} tensors")
 
 
 def main() -> None:

@@ -71,6 +71,7 @@ class MglmmAssemblyMixin:
             share_vision_tower=share,
             image_token_id=processor.image_token_id,
             seg_token_id=processor.seg_token_id,
+            region_token_id=processor.region_token_id,
             **config_kwargs,
         )
         with no_init_weights():  # the big parts are about to be replaced: their memory is not even touched
@@ -84,7 +85,7 @@ class MglmmAssemblyMixin:
                     raise ValueError(f"the {name} must be a {expected.__name__}, got a {type(part).__name__}")
                 setattr(body, name, part)
         model.lm_head = text_model.get_output_embeddings()
-        fresh = [body.multi_modal_projector, body.mask_projector, body.pixel_neck]
+        fresh = [body.multi_modal_projector, body.mask_projector, body.pixel_neck, body.region_encoder]
         if sam_model is None:
             fresh += [body.prompt_encoder, body.mask_decoder]
         else:

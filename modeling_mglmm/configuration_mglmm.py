@@ -65,9 +65,22 @@ class MglmmConfig(PreTrainedConfig):
             Like `vision_feature_layer`, for a pixel encoder given by `pixel_config`. A shared tower is read once, at
             `vision_feature_layer`.
 
+    Parameters of the region encoder (GLaMM), which turns boxes into tokens of the language model:
+        region_feature_layers (`list[int]`, *optional*):
+            Hidden states of the vision tower that regions are read from, the first enlarged most: `[14, 17, 20, 23]` for
+            the 24 blocks of GLaMM's, the last four of every third up to the last but one for others. `None`: no region
+            encoder.
+        region_hidden_size (`int`, *optional*, defaults to 1024):
+            Width of a region before it is widened for the language model.
+        region_scale (`int`, *optional*):
+            Side, in pixels of the vision tower, of what a box is normalised to. `None` is right: the side of the
+            tower's pictures. GLaMM's weights depend on 224, though its tower sees 336 pixels: there a box of the
+            whole picture covers the upper left 2/3 x 2/3 only.
+
     Parameters of what is trained:
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the two-layer projector from image features to the language model.
+            Activation of the two-layer projector from image features to the language model; `None`: one linear layer
+            (LISA).
         mask_projector_hidden_act (`str`, *optional*, defaults to `"relu"`):
             Activation of the two-layer projector from `[SEG]` states to SAM prompts.
         ce_loss_weight, bce_loss_weight, dice_loss_weight (`float`, *optional*, default to 1.0, 2.0, 0.5):
@@ -78,6 +91,7 @@ class MglmmConfig(PreTrainedConfig):
 
     Special tokens:
         image_token_id, seg_token_id (`int`): ids of `<image>` and `[SEG]` in the tokenizer.
+        region_token_id (`int`, *optional*): id of the token that stands for a region; needed with a region encoder.
     """
 
     model_type = "mglmm"
@@ -100,7 +114,11 @@ class MglmmConfig(PreTrainedConfig):
     normalize_vision_features: bool = False
     image_token_stride: int = 1
     pixel_feature_layer: int | list[int] = -1
-    projector_hidden_act: str = "gelu"
+    region_feature_layers: list[int] | None = None
+    region_hidden_size: int = 1024
+    region_scale: int | None = None
+    region_token_id: int | None = None
+    projector_hidden_act: str | None = "gelu"
     mask_projector_hidden_act: str = "relu"
     ce_loss_weight: float | int = 1.0
     bce_loss_weight: float | int = 2.0
@@ -147,12 +165,32 @@ class MglmmConfig(PreTrainedConfig):
                 )
         if self.vision_feature_layer == [] or self.pixel_feature_layer == []:
             raise ValueError("vision_feature_layer and pixel_feature_layer must name at least one layer")
+        if self.region_feature_layers is not None:
+            self._validate_regions()
         if self.image_token_stride < 1 or self.mask_chunk_size < 1:
             raise ValueError(
                 f"image_token_stride ({self.image_token_stride}) and mask_chunk_size ({self.mask_chunk_size}) must be >= 1"
             )
         if self.image_token_stride > 1 and self.vision_feature_select_strategy == "full":
             raise ValueError("image_token_stride > 1 pools patch tokens: use vision_feature_select_strategy='default'")
+
+    def _validate_regions(self):
+        if not self.region_feature_layers:
+            raise ValueError("region_feature_layers must name at least one layer; None leaves the region encoder out")
+        if self.region_token_id is None:
+            raise ValueError(
+                "region_feature_layers needs region_token_id, the token that stands for a region: that of a processor made "
+                "with region_token='<region>'"
+            )
+        if self.region_hidden_size < 1 or (self.region_scale is not None and self.region_scale < 1):
+            raise ValueError(
+                f"region_hidden_size ({self.region_hidden_size}) and region_scale ({self.region_scale}) must be >= 1"
+            )
+        if self.vision_config.hidden_size % 4:
+            raise ValueError(
+                f"the region encoder mixes quarters of the vision tower's channels, of which there are "
+                f"{self.vision_config.hidden_size}: use a tower with a multiple of 4"
+            )
 
 
 __all__ = ["MglmmConfig"]

@@ -45,7 +45,7 @@ def mask_confidence(mask_logits: torch.Tensor) -> torch.Tensor:
 
 
 class MglmmGenerationMixin(GenerationMixin):
-    """Adds `output_masks` and `image_features` to transformers' `generate`."""
+    """Adds `output_masks`, `image_features` and `region_boxes` to transformers' `generate`."""
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, sam_pixel_values: torch.Tensor | None = None, **kwargs: Any
@@ -53,6 +53,16 @@ class MglmmGenerationMixin(GenerationMixin):
         # The mask decoder never runs inside the decoding loop, so its inputs stay out of `forward`.
         kwargs.pop("image_features", None)
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        regions = (model_kwargs.get("mm_encoder_outputs") or {}).get("region")
+        if regions is not None and expand_size > 1:  # transformers knows of images and videos only
+            counts = (input_ids == self.config.region_token_id).sum(1).tolist()
+            rows = torch.cat(list(regions.pooler_output)).split(counts)
+            regions.pooler_output = [row for row in rows for _ in range(expand_size)]
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     @torch.no_grad()
     def generate(
@@ -64,6 +74,7 @@ class MglmmGenerationMixin(GenerationMixin):
         image_features: MglmmImageFeatures | None = None,
         output_masks: bool = False,
         original_sizes: Any = None,
+        region_boxes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -74,6 +85,7 @@ class MglmmGenerationMixin(GenerationMixin):
             sam_pixel_values: `(images, 3, S, S)`; needed for masks unless the vision tower is shared.
             image_features: result of `encode_images`, in place of both: ask many times, encode once.
             output_masks: return a `MglmmGenerateOutput` with the mask and score of every generated `[SEG]`.
+            region_boxes: `(total_regions, 4)` x1, y1, x2, y2 in [0, 1], as in `forward`; read once, before decoding.
             original_sizes: not used; lets `generate(**processor(...))` pass what only post-processing needs.
 
         Raises:
@@ -87,10 +99,14 @@ class MglmmGenerationMixin(GenerationMixin):
             tokens = self.model.project_image_features(image_features)
             encoded = BaseModelOutputWithPooling(pooler_output=list(tokens))
             kwargs["mm_encoder_outputs"] = {"image": encoded}
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if region_boxes is not None:
+            vectors = self.model.get_region_features(input_ids, region_boxes, image_features)
+            if len(vectors):
+                kwargs["mm_encoder_outputs"]["region"] = BaseModelOutputWithPooling(pooler_output=[vectors])
         if not output_masks:
             return super().generate(inputs, *args, **kwargs)
 
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
             raise ValueError("output_masks=True needs input_ids: they say which image each row speaks of")
         if not self.model.has_pixels(image_features):
@@ -137,7 +153,9 @@ class MglmmGenerationMixin(GenerationMixin):
         image_index = image_index_of_seg(input_ids, self.config.image_token_id, tokens_per_image, prompt_rows, last)
         embeddings = self.model.get_image_embeddings(image_features)
         masks = self.model.decode_masks(seg_states, image_index, embeddings)
-        probability = self.lm_head(seg_states).float().softmax(-1)[:, self.config.seg_token_id]
+        logits = self.lm_head(seg_states).float()
+        logits[:, self.config.image_token_id] = torch.finfo(logits.dtype).min  # as in `forward`
+        probability = logits.softmax(-1)[:, self.config.seg_token_id]
         return masks, probability.to(masks.device) * mask_confidence(masks)
 
 

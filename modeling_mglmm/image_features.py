@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+
+from .seg_states import image_index_of_seg
 
 
 @dataclass
@@ -24,10 +27,13 @@ class MglmmImageFeatures(ModelOutput):
         pixel_hidden_states (`torch.Tensor`, *optional*):
             `(images, hidden, h, w)` from SAM's vision encoder or `(images, h * w, channels)` from another backbone.
             `None` when the vision tower is shared: its hidden states then serve both.
+        region_hidden_states (`torch.Tensor` of shape `(images, levels, tokens, channels)`, *optional*):
+            Patch tokens of the layers that regions are read from, where the model has a region encoder.
     """
 
     vision_hidden_states: torch.Tensor | None = None
     pixel_hidden_states: torch.Tensor | None = None
+    region_hidden_states: torch.Tensor | None = None
 
 
 class MglmmImageMixin:
@@ -48,8 +54,15 @@ class MglmmImageMixin:
                 answer or when the tower is shared.
         """
         config = self.config
-        strategy = config.vision_feature_select_strategy
-        vision = self._hidden_states(self.vision_tower, pixel_values, config.vision_feature_layer, strategy == "full")
+        layers = _as_list(config.vision_feature_layer)
+        region_layers = config.region_feature_layers or []
+        states = self._hidden_states(self.vision_tower, pixel_values, [*layers, *region_layers])
+        vision = torch.cat(states[: len(layers)], dim=-1)
+        if config.vision_feature_select_strategy == "default":
+            vision = _patches_of(vision, self.vision_tower, pixel_values)
+        region = None
+        if region_layers:
+            region = _patches_of(torch.stack(states[len(layers) :], dim=1), self.vision_tower, pixel_values)
         pixel = None
         if sam_pixel_values is not None and self.pixel_encoder is not None:
             if len(sam_pixel_values) != len(pixel_values):
@@ -57,25 +70,22 @@ class MglmmImageMixin:
                     f"{len(pixel_values)} images in pixel_values but {len(sam_pixel_values)} in sam_pixel_values"
                 )
             if config.pixel_config is not None:
-                pixel = self._hidden_states(self.pixel_encoder, sam_pixel_values, config.pixel_feature_layer, False)
+                states = self._hidden_states(self.pixel_encoder, sam_pixel_values, _as_list(config.pixel_feature_layer))
+                pixel = _patches_of(torch.cat(states, dim=-1), self.pixel_encoder, sam_pixel_values)
             else:
                 pixel = self.pixel_encoder(sam_pixel_values.to(self.pixel_encoder.dtype)).last_hidden_state
-        return MglmmImageFeatures(vision_hidden_states=vision, pixel_hidden_states=pixel)
+        return MglmmImageFeatures(vision_hidden_states=vision, pixel_hidden_states=pixel, region_hidden_states=region)
 
     def _hidden_states(
-        self, encoder: PreTrainedModel, pixel_values: torch.Tensor, layers: int | list[int], keep_prefix: bool
-    ) -> torch.Tensor:
-        layers = [layers] if isinstance(layers, int) else layers
+        self, encoder: PreTrainedModel, pixel_values: torch.Tensor, layers: list[int]
+    ) -> list[torch.Tensor]:
+        """The selected hidden states `(images, tokens, channels)`, from one run."""
         # A list asks for these layers only, so that the others are not kept in memory.
         outputs = encoder(pixel_values.to(encoder.dtype), output_hidden_states=layers, return_dict=True)
         states = [outputs.hidden_states[layer] for layer in layers]
-        if not keep_prefix:  # class and register tokens stand before the patches
-            patch = encoder.config.patch_size
-            num_patches = (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch)
-            states = [state[:, -num_patches:] for state in states]
         if self.config.normalize_vision_features:
             states = [F.layer_norm(state.float(), state.shape[-1:]).to(state.dtype) for state in states]
-        return torch.cat(states, dim=-1)
+        return states
 
     def blank_image_features(self) -> MglmmImageFeatures:
         """Zeros of the shape of one image's features, to keep trainable layers in the graph of an image-less batch."""
@@ -143,6 +153,81 @@ class MglmmImageMixin:
             )
         return mask.unsqueeze(-1)
 
+    def get_region_features(
+        self,
+        input_ids: torch.LongTensor | None,
+        region_boxes: torch.Tensor,
+        image_features: MglmmImageFeatures | None,
+    ) -> torch.Tensor:
+        """
+        What the language model reads in place of each region token.
+
+        Args:
+            input_ids: `(batch, length)`; a region is one of the last image before its token.
+            region_boxes: `(total_regions, 4)` x1, y1, x2, y2 in [0, 1] of what the vision tower sees, in reading order
+                of the region tokens. With no box the result is empty, but depends on every parameter of the encoder.
+            image_features: Result of `encode_images`.
+
+        Returns:
+            `(total_regions, text_hidden)`.
+
+        Raises:
+            ValueError: no region encoder, no image, or another number of boxes than of region tokens (where GLaMM drops
+                the boxes that are too many).
+        """
+        config = self.config
+        if self.region_encoder is None:
+            raise ValueError(
+                f"{len(region_boxes)} region_boxes, but this model has no region encoder: use one that has, such as an "
+                "imported GLaMM, or say in words where to look"
+            )
+        if region_boxes.ndim != 2 or region_boxes.shape[1] != 4:
+            raise ValueError(f"region_boxes must be (total_regions, 4), got {tuple(region_boxes.shape)}")
+        count = 0 if input_ids is None else int((input_ids == config.region_token_id).sum())
+        if count != len(region_boxes):
+            raise ValueError(
+                f"{count} region tokens in input_ids but {len(region_boxes)} region_boxes; they are matched in order, so "
+                "every region token needs exactly one box"
+            )
+        if input_ids is None or count == 0:
+            return self.region_encoder(None, region_boxes, region_boxes.new_zeros(0, dtype=torch.long), 1.0)
+        if image_features is None or image_features.region_hidden_states is None:
+            raise ValueError(
+                f"{count} region_boxes need the pictures: pass pixel_values, or image_features of this very model"
+            )
+        rows, positions = (input_ids == config.region_token_id).nonzero(as_tuple=True)
+        has_image = (input_ids == config.image_token_id).cumsum(1)[rows, positions] > 0
+        if not bool(has_image.all()):
+            row = int(rows[~has_image][0])
+            raise ValueError(f"row {row} holds a region token but no image before it: a region is one of an image")
+        image_index = image_index_of_seg(
+            input_ids, config.image_token_id, self.tokens_per_image(image_features), rows, positions
+        )
+        states, vision = image_features.region_hidden_states, config.vision_config
+        cells = math.sqrt(states.shape[2])
+        if config.region_scale is not None:
+            cells = config.region_scale / vision.patch_size
+        elif vision.image_size // vision.patch_size == cells:
+            cells = vision.image_size / vision.patch_size  # patches need not cover the picture to its border
+        return self.region_encoder(states, region_boxes, image_index, cells)
+
+    def insert_regions(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, regions: torch.Tensor
+    ) -> torch.Tensor:
+        """`inputs_embeds` with `regions` `(total_regions, text_hidden)` in place of the region tokens, in their order."""
+        if input_ids is None:
+            mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        else:
+            mask = input_ids == self.config.region_token_id
+        count = int(mask.sum())
+        if count != len(regions):
+            raise ValueError(
+                f"{count} region tokens in input_ids but {len(regions)} regions: pass region_boxes, one box for each region "
+                "token (the processor makes them from `regions`)"
+            )
+        regions = regions.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), regions)
+
     def get_image_embeddings(self, image_features: MglmmImageFeatures) -> torch.Tensor:
         """SAM's image embeddings, float32 `(images, hidden, h, w)`."""
         if not self.has_pixels(image_features):
@@ -161,3 +246,13 @@ class MglmmImageMixin:
             with torch.autocast(states.device.type, enabled=False):  # the mask path is float32 whatever surrounds it
                 states = self.pixel_neck(states.unflatten(1, size))
         return states
+
+
+def _as_list(layers: int | list[int]) -> list[int]:
+    return [layers] if isinstance(layers, int) else layers
+
+
+def _patches_of(states: torch.Tensor, encoder: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Without class and register tokens, which stand before the patches on the last axis but one."""
+    patch = encoder.config.patch_size
+    return states[..., -(pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch) :, :]

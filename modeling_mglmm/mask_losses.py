@@ -1,5 +1,7 @@
 """Mask losses over a flat axis of masks, normalised by the number of masks of the global batch."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -36,6 +38,41 @@ def mask_losses(
     overlap = 2 * (probability * target).sum(1) / 1000
     dice = 1 - (overlap + 1e-6) / (probability.sum(1) / 1000 + target.sum(1) / 1000 + 1e-6)
     return bce.sum() / num_masks, dice.sum() / num_masks
+
+
+def picture_mask_losses(
+    mask_logits: torch.Tensor,
+    mask_labels: Sequence[torch.Tensor],
+    num_masks: torch.Tensor | int,
+    frame: tuple[int, int] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `mask_losses` at the pictures' own sizes, as LISA, GLaMM and MGLMM compute them; memory grows with the pictures.
+
+    Args:
+        mask_logits: `(total_masks, h, w)` float, in the pixel encoder's frame.
+        mask_labels: One `(H, W)` tensor per mask, in {0, 1, 255}, of its picture's size.
+        num_masks: As in `mask_losses`.
+        frame: Height, width of the square the picture was resized into by its longer side and padded at the right and
+            bottom; `None` if it was stretched to fill the encoder's input.
+    """
+    losses = [
+        mask_losses(to_picture(logits[None], label.shape, frame), label[None].to(logits.device), num_masks)
+        for logits, label in zip(mask_logits, mask_labels, strict=True)
+    ]
+    bce, dice = zip(*losses, strict=True)
+    return torch.stack(bce).sum(), torch.stack(dice).sum()
+
+
+def to_picture(mask_logits: torch.Tensor, size: Sequence[int], frame: tuple[int, int] | None) -> torch.Tensor:
+    """Logits `(n, h, w)` of a frame as float32 `(n, H, W)` at the picture's `size`; as in SAM: bilinear to the frame,
+    without its padding, bilinear to the picture."""
+    logits = mask_logits.float()[:, None]
+    if frame is not None:
+        scale = max(frame) / max(size)
+        logits = F.interpolate(logits, frame, mode="bilinear", align_corners=False)
+        logits = logits[..., : int(size[0] * scale + 0.5), : int(size[1] * scale + 0.5)]
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
 @torch.no_grad()

@@ -28,19 +28,24 @@ from .assembly import MglmmAssemblyMixin
 from .configuration_mglmm import MglmmConfig
 from .generation_mglmm import MglmmGenerationMixin
 from .image_features import MglmmImageFeatures, MglmmImageMixin
-from .mask_losses import mask_losses
+from .mask_losses import mask_losses, picture_mask_losses
 from .outputs import MglmmModelOutput, MglmmOutput
+from .region_encoder import MglmmRegionEncoder
 from .seg_states import gather_seg_states, image_index_of_seg
 
 
 class MglmmProjector(nn.Module):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation between them, or without an activation a single one."""
 
-    def __init__(self, in_features: int, hidden_features: int, out_features: int, hidden_act: str):
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, hidden_act: str | None):
         super().__init__()
-        self.linear_1 = nn.Linear(in_features, hidden_features)
-        self.act = ACT2FN[hidden_act]
-        self.linear_2 = nn.Linear(hidden_features, out_features)
+        if hidden_act is None:
+            self.linear_1 = nn.Linear(in_features, out_features)
+            self.act = self.linear_2 = nn.Identity()
+        else:
+            self.linear_1 = nn.Linear(in_features, hidden_features)
+            self.act = ACT2FN[hidden_act]
+            self.linear_2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(hidden_states)))
@@ -56,7 +61,7 @@ class MglmmPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    _no_split_modules = ["SamMaskDecoder", "SamVisionNeck"]
+    _no_split_modules = ["SamMaskDecoder", "SamVisionNeck", "MglmmRegionEncoder"]
     # By names from the root: no quantisation of transformers touches these.
     _keep_in_fp32_modules = {"model.mask_projector", "model.prompt_encoder", "model.mask_decoder", "model.pixel_neck"}
     _keep_in_fp32_modules_strict = {"mask_projector", "prompt_encoder", "mask_decoder", "pixel_neck"}
@@ -80,6 +85,8 @@ class MglmmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SamFeedForward):
             for layer in (module.proj_in, *module.layers, module.proj_out):
                 init.xavier_uniform_(layer.weight)
+        elif isinstance(module, MglmmRegionEncoder):
+            module.init_parameters()
 
 
 class MglmmModel(MglmmImageMixin, MglmmPreTrainedModel):
@@ -115,6 +122,11 @@ class MglmmModel(MglmmImageMixin, MglmmPreTrainedModel):
         self.multi_modal_projector = MglmmProjector(
             vision_channels, text.hidden_size, text.hidden_size, config.projector_hidden_act
         )
+        self.region_encoder: nn.Module | None = None
+        if config.region_feature_layers is not None:
+            self.region_encoder = MglmmRegionEncoder(
+                vision.hidden_size, len(config.region_feature_layers), config.region_hidden_size, text.hidden_size
+            )
         self.language_model = AutoModel.from_config(text)
         self.gradient_checkpointing = False
         self.post_init()
@@ -178,6 +190,7 @@ class MglmmModel(MglmmImageMixin, MglmmPreTrainedModel):
         sam_pixel_values: torch.Tensor | None = None,
         image_features: MglmmImageFeatures | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        region_boxes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MglmmModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
@@ -196,6 +209,17 @@ class MglmmModel(MglmmImageMixin, MglmmPreTrainedModel):
             image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_tokens)
+        regions = None
+        encoded = (mm_encoder_outputs or {}).get("region")
+        if encoded is not None:
+            regions = torch.cat(list(encoded.pooler_output))
+        elif region_boxes is not None:
+            regions = self.get_region_features(input_ids, region_boxes, image_features)
+        elif self.region_encoder is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            # Not behind a prompt: there the model itself may have written the token.
+            regions = inputs_embeds.new_zeros((0, inputs_embeds.shape[-1]))
+        if regions is not None:
+            inputs_embeds = self.insert_regions(input_ids, inputs_embeds, regions)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -246,10 +270,11 @@ class MglmmForConditionalGeneration(MglmmGenerationMixin, MglmmAssemblyMixin, Mg
         logits_to_keep: int | torch.Tensor = 0,
         sam_pixel_values: torch.Tensor | None = None,
         image_features: MglmmImageFeatures | None = None,
-        mask_labels: torch.Tensor | None = None,
+        mask_labels: torch.Tensor | list[torch.Tensor] | None = None,
         mask_image_index: torch.LongTensor | None = None,
         num_masks_in_batch: torch.Tensor | int | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        region_boxes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MglmmOutput:
         r"""
@@ -263,14 +288,20 @@ class MglmmForConditionalGeneration(MglmmGenerationMixin, MglmmAssemblyMixin, Mg
             sam_pixel_values: `(images, 3, S, S)` for the pixel encoder.
             image_features: result of `encode_images`, in place of both pixel inputs.
             mask_labels: `(total_masks, h, w)` in {0, 1, 255 = ignored}, in the pixel encoder's frame, in the order of
-                the `[SEG]`s of the batch.
+                the `[SEG]`s of the batch. Or a list of one `(H, W)` per mask, at the pictures' own sizes: the losses
+                are then those of LISA, GLaMM and MGLMM, which upscale every mask to its picture.
             mask_image_index: `(total_masks,)` image of each mask; by default the last image before the `[SEG]`.
             num_masks_in_batch: masks of the global batch, the denominator of the mask losses.
+            region_boxes: `(total_regions, 4)` x1, y1, x2, y2 in [0, 1], in reading order of the region tokens of the batch,
+                each a box in the last image before its token; see `get_region_features`.
 
         Raises:
             ValueError: if image tokens and features, or `[SEG]`s and mask labels, differ in number (both are named).
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if region_boxes is None and labels is not None and self.model.region_encoder is not None:
+            # An empty batch of regions: all ranks of a distributed run must see gradients for the same parameters.
+            region_boxes = torch.zeros((0, 4), device=labels.device)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -281,11 +312,14 @@ class MglmmForConditionalGeneration(MglmmGenerationMixin, MglmmAssemblyMixin, Mg
             sam_pixel_values=sam_pixel_values,
             image_features=image_features,
             mm_encoder_outputs=mm_encoder_outputs,
+            region_boxes=region_boxes,
             return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        # `<image>` stands for a picture and is never an answer: no probability, in any loss or decoding.
+        logits[..., self.config.image_token_id] = torch.finfo(logits.dtype).min
         ce = bce = dice = loss = None
         if labels is not None:
             ce = self._ce_loss(logits, labels, logits_to_keep, num_items_in_batch)
@@ -337,7 +371,7 @@ class MglmmForConditionalGeneration(MglmmGenerationMixin, MglmmAssemblyMixin, Mg
         input_ids: torch.LongTensor | None,
         hidden_states: torch.Tensor,
         image_features: MglmmImageFeatures | None,
-        mask_labels: torch.Tensor | None,
+        mask_labels: torch.Tensor | list[torch.Tensor] | None,
         mask_image_index: torch.LongTensor | None,
     ) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
         """Masks of the `[SEG]`s in `input_ids` and the image of each; `None` where nobody asked for masks."""
@@ -371,7 +405,7 @@ class MglmmForConditionalGeneration(MglmmGenerationMixin, MglmmAssemblyMixin, Mg
     def _mask_losses(
         self,
         pred_masks: torch.Tensor,
-        mask_labels: torch.Tensor,
+        mask_labels: torch.Tensor | list[torch.Tensor],
         num_masks_in_batch: torch.Tensor | int | None,
         hidden_states: torch.Tensor,
         image_features: MglmmImageFeatures | None,
@@ -382,6 +416,10 @@ class MglmmForConditionalGeneration(MglmmGenerationMixin, MglmmAssemblyMixin, Mg
             )
             return zero, zero
         count = len(pred_masks) if num_masks_in_batch is None else num_masks_in_batch
+        if isinstance(mask_labels, list):
+            side = self.config.sam_config.prompt_encoder_config.image_size
+            frame = None if self.config.share_vision_tower else (side, side)
+            return picture_mask_losses(pred_masks, mask_labels, count, frame)
         return mask_losses(pred_masks, mask_labels.to(pred_masks.device), count)
 
     def _zero_mask_loss(self, hidden_states: torch.Tensor, image_features: MglmmImageFeatures | None) -> torch.Tensor:

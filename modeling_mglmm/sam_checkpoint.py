@@ -5,7 +5,6 @@ other size of the same architecture load through the same two functions.
 """
 
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +19,8 @@ from transformers import (
     SamVisionConfig,
 )
 from transformers.initialization import no_init_weights
+
+from .weight_files import load_pickle
 
 # Not visible in any tensor shape; the original package builds every decoder with 8 heads.
 DECODER_ATTENTION_HEADS = 8
@@ -82,18 +83,7 @@ def load_sam_checkpoint(path: str | os.PathLike[str], dtype: torch.dtype = torch
     Raises:
         ValueError: if the file is no such dictionary, or as described in [`convert_sam_state_dict`].
     """
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{os.fspath(path)} cannot be read as plain tensors in torch.save's zip format: it may be an incomplete "
-            "download, another kind of file, or one that would execute code when loaded. Download it again from its "
-            "publisher, or save the bare state dictionary of a model you trust with torch.save"
-        ) from error
-    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
-        raise ValueError(
-            f"{os.fspath(path)} holds a {type(state_dict).__name__}, not a dictionary of tensors by their names"
-        )
+    state_dict = load_pickle(path)
     try:
         config, weights = convert_sam_state_dict(state_dict)
     except ValueError as error:
@@ -144,7 +134,7 @@ def convert_sam_state_dict(
     # transformers annotates sub-configurations as optional dictionaries.
     assert isinstance(config.vision_config, SamVisionConfig)
     assert isinstance(config.mask_decoder_config, SamMaskDecoderConfig)
-    originals = {name: _original_name(name, config.mask_decoder_config.iou_head_depth) for name in expected}
+    originals = {name: original_sam_name(name, config.mask_decoder_config.iou_head_depth) for name in expected}
     missing = {original for original in originals.values() if original not in tensors}
     unexpected = tensors.keys() - originals.values()
     mismatched = {
@@ -242,7 +232,7 @@ def _infer_config(tensors: Mapping[str, torch.Tensor]) -> SamConfig:
     )
 
 
-def _original_name(name: str, iou_head_depth: int) -> str:
+def original_sam_name(name: str, iou_head_depth: int = 3) -> str:
     """The original package's name of a tensor of `SamModel`."""
 
     def number_mlp_layer(match: re.Match[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from .uscdf import IMAGE_TOKEN, PHRASE_END, PHRASE_START, REGION_TOKEN, SEG_TOKEN, render_phrase
+from .uscdf import CONTROL_TOKENS, PHRASE_END, PHRASE_START, REGION_TOKEN, SEG_TOKEN, render_phrase
 
 MIN_PHRASE_TOKENS = 8  # room that must be left in the answer for another phrase to be opened
 
@@ -21,13 +21,21 @@ class UscdfGrammar(LogitsProcessor):
         tokenizer: Of the model; it knows the control tokens.
         prompt_length: Tokens of the prompts (padded on the left), which are not looked at.
         max_new_tokens: Longest answer; `None` if it has no limit.
+        control_tokens: All that are no text; an answer has `<p>`, `</p>` and `[SEG]` of them and no other.
     """
 
-    def __init__(self, tokenizer: Any, prompt_length: int, max_new_tokens: int | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_length: int,
+        max_new_tokens: int | None = None,
+        control_tokens: Sequence[str] = CONTROL_TOKENS,
+    ):
         self.tokenizer, self.prompt_length, self.max_new_tokens = tokenizer, prompt_length, max_new_tokens
         self.start, self.end, self.seg = tokenizer.convert_tokens_to_ids([PHRASE_START, PHRASE_END, SEG_TOKEN])
         known = tokenizer.get_vocab()
-        self.inputs = [known[token] for token in (IMAGE_TOKEN, REGION_TOKEN) if token in known]
+        answer = (PHRASE_START, PHRASE_END, SEG_TOKEN)
+        self.inputs = [known[t] for t in (*control_tokens, REGION_TOKEN) if t in known and t not in answer]
         # What stands between `</p>` and `[SEG]` is what the tokenizer puts there in the training data.
         rendered = tokenizer(render_phrase("x"), add_special_tokens=False)["input_ids"]
         self.closing: list[int] = rendered[rendered.index(self.end) :]

@@ -93,13 +93,16 @@ class MglmmPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         self.tokenizer.padding_side = "left"  # generation continues at the right
 
-    def __call__(self, images: Any, text: str | None = None, **kwargs: Any) -> Any:
+    def __call__(self, images: Any, text: str | None = None, regions: Any = None, **kwargs: Any) -> Any:
         """
         Args:
             images: One picture: path, URL, `PIL.Image.Image`, array or tensor (see `load_image`), or a dict with the key
-                `"image"` and its own `"text"` or `"granularity"` and `"target"`, which win over those of the call.
+                `"image"` and its own `"text"` or `"granularity"` and `"target"`, and `"regions"`, which win over those of
+                the call.
                 Many: a list, a 4-dimensional array, or, to stream, a generator, a dataset, `KeyDataset` ….
             text (`str`, *optional*): The instruction. Without it `granularity` gives one.
+            regions (`list`, *optional*): For models with a region encoder: a box [x1, y1, x2, y2] in pixels of the upright
+                picture for each `<region>` of the instruction, such as "What is in <region>?".
             granularity (`str`, *optional*, defaults to `"panoptic"`):
                 `"panoptic"` describes everything, `"object"` segments `target`, `"fine"` describes the parts of `target`
                 or, without one, of the main object.
@@ -117,6 +120,8 @@ class MglmmPipeline(Pipeline):
         """
         if text is not None:
             kwargs["text"] = text
+        if regions is not None:
+            kwargs["regions"] = regions
         if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
             images = list(images)
         single = isinstance(images, str | Path | bytes | Mapping | Image.Image | np.ndarray | torch.Tensor)
@@ -134,20 +139,24 @@ class MglmmPipeline(Pipeline):
         granularity: str | None = None,
         target: str | None = None,
         mask_threshold: float | None = None,
+        regions: Any = None,
         **generate_kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {}
+        preprocess: dict[str, Any] = {}
         if any(value is not None for value in (text, granularity, target)):
             preprocess["instruction"] = make_instruction(text, granularity, target)
+        if regions is not None:
+            preprocess["regions"] = regions
         forward = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
         postprocess = {} if mask_threshold is None else {"mask_threshold": mask_threshold}
         return preprocess, forward, postprocess
 
-    def preprocess(self, input_: Any, instruction: str = PANOPTIC) -> dict[str, Any]:
+    def preprocess(self, input_: Any, instruction: str = PANOPTIC, regions: Any = None) -> dict[str, Any]:
         if isinstance(input_, Mapping):
             own = {key: input_.get(key) for key in ("text", "granularity", "target")}
             if any(value is not None for value in own.values()):
                 instruction = make_instruction(**own)
+            regions = input_.get("regions", regions)
             if input_.get("image") is None:
                 raise ValueError(f"a dict input needs the key 'image', got {', '.join(map(repr, input_)) or 'no keys'}")
             input_ = input_["image"]
@@ -159,13 +168,19 @@ class MglmmPipeline(Pipeline):
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            processor_kwargs={"regions": regions},
         )
+        # Flat: tensors of one dimension are joined without padding, and items have any number of boxes.
+        boxes = inputs.pop("region_boxes", torch.zeros(0)).flatten()
         # In lists, so that one item and a batch of one look alike.
-        return {**inputs, "pictures": [picture], "queries": [instruction]}
+        return {**inputs, "region_boxes": boxes, "pictures": [picture], "queries": [instruction]}
 
     def _forward(self, input_tensors: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         kept = {key: input_tensors.pop(key) for key in ("original_sizes", "pictures", "queries")}
         input_ids = input_tensors["input_ids"]
+        boxes = input_tensors.pop("region_boxes").view(-1, 4)
+        if len(boxes):
+            input_tensors["region_boxes"] = boxes
         options = self._bounded(generate_kwargs or {}, input_ids.shape[1])
         config = options.get("generation_config", self.model.generation_config)
         grammar = self.processor.logits_processor(

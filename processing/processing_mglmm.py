@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,15 +15,24 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from .chat_templates import LLAVA_V1
 from .grammar import UscdfGrammar
 from .images import load_image
+from .regions import middle_of, read_regions
 from .segcap import SegCap, Segment
-from .uscdf import CONTROL_TOKENS, IMAGE_TOKEN, PHRASE_END, PHRASE_START, SEG_TOKEN, escape_control_tokens, parse
+from .uscdf import (
+    CONTROL_TOKENS,
+    IMAGE_TOKEN,
+    PHRASE_END,
+    PHRASE_START,
+    REGION_TOKEN,
+    SEG_TOKEN,
+    escape_control_tokens,
+    parse,
+)
 
 if TYPE_CHECKING:
     # On saving, transformers copies every file that a sibling import names: so the pipeline travels with the processor.
     from .pipeline_mglmm import MglmmPipeline  # noqa: F401
 
 IGNORE_VALUE = 255  # in mask labels: padding, void
-MAX_ASPECT_RATIO = 16  # of what a tower with a centre crop is shown; it sees a square in the middle
 
 
 class MglmmImagesKwargs(ImagesKwargs, total=False):
@@ -49,7 +58,7 @@ class MglmmProcessor(ProcessorMixin):
     r"""
     Args:
         image_processor: The vision tower's own image processor.
-        tokenizer: The language model's tokenizer; `<image>`, `[SEG]`, `<p>` and `</p>` are added if it lacks them.
+        tokenizer: The language model's tokenizer; the `control_tokens` are added if it lacks them.
         sam_image_size (`int`, *optional*, defaults to 1024):
             Side of the pixel encoder's square input: the picture's longer side is resized to it, the rest is padding
             at the right and bottom. `None`: the pixel encoder is the vision tower and sees the same pixels, so only
@@ -60,7 +69,13 @@ class MglmmProcessor(ProcessorMixin):
             One `<image>` becomes `(H / patch / stride) * (W / patch / stride) + num_prefix_tokens` image tokens.
         keep_to_grammar (`bool`, *optional*, defaults to `True`): Let the pipeline and the evaluation generate well-formed
             USCDF only. `False` for a model that answers in another form, such as a `[SEG]` without a phrase.
+        control_tokens (`Sequence[str]`, *optional*, defaults to `("<image>", "[SEG]", "<p>", "</p>")`): Tokens that are no
+            text. `("<image>", "[SEG]")` for a model whose answers have no phrases, such as LISA: its `<p>` is text.
         chat_template (`str`, *optional*): Jinja; LLaVA v1's by default.
+        region_token (`str`, *optional*): What `<region>` becomes for a model with a region encoder (GLaMM: `<bbox>`); added
+            to the tokenizer if it lacks it. `None`: the model has none.
+        region_box_frame (`"tower"` or `"picture"`, *optional*, defaults to `"tower"`): What boxes become fractions of: of
+            what the vision tower sees after its centre crop, which is right, or of the whole picture, as GLaMM does.
     """
 
     valid_processor_kwargs = MglmmProcessorKwargs
@@ -77,7 +92,10 @@ class MglmmProcessor(ProcessorMixin):
         image_token_stride: int = 1,
         num_prefix_tokens: int = 0,
         keep_to_grammar: bool = True,
+        control_tokens: Sequence[str] = CONTROL_TOKENS,
         chat_template: str | None = None,
+        region_token: str | None = None,
+        region_box_frame: Literal["tower", "picture"] = "tower",
         **kwargs: Any,
     ):
         self.sam_image_size = sam_image_size
@@ -87,12 +105,24 @@ class MglmmProcessor(ProcessorMixin):
         self.image_token_stride = image_token_stride
         self.num_prefix_tokens = num_prefix_tokens
         self.keep_to_grammar = keep_to_grammar
+        self.control_tokens = list(control_tokens)
+        needed = CONTROL_TOKENS if keep_to_grammar else (IMAGE_TOKEN, SEG_TOKEN)
+        if missing := [token for token in needed if token not in control_tokens]:
+            raise ValueError(
+                f"keep_to_grammar={keep_to_grammar} needs {missing}, which control_tokens={self.control_tokens} lack: add "
+                "them, or set keep_to_grammar=False for a model without phrases"
+            )
         self.image_token = IMAGE_TOKEN
         known = tokenizer.get_vocab()
         # Not "special": decoding with skip_special_tokens keeps the tags that carry the meaning of the answer.
-        tokens = [AddedToken(t, special=t == IMAGE_TOKEN, normalized=False) for t in CONTROL_TOKENS if t not in known]
+        tokens = [AddedToken(t, special=t == IMAGE_TOKEN, normalized=False) for t in control_tokens if t not in known]
         tokenizer.add_tokens(tokens)
         self.image_token_id, self.seg_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, SEG_TOKEN])
+        if region_box_frame not in ("tower", "picture"):
+            raise ValueError(f"region_box_frame must be 'tower' or 'picture', got {region_box_frame!r}")
+        self.region_token, self.region_box_frame = region_token, region_box_frame
+        if region_token is not None and region_token not in known:
+            tokenizer.add_tokens([AddedToken(region_token, special=True, normalized=False)])
         super().__init__(image_processor, tokenizer, chat_template=chat_template or LLAVA_V1)
         if not {"height", "width"} <= dict(self._size).keys():
             raise ValueError(
@@ -107,8 +137,8 @@ class MglmmProcessor(ProcessorMixin):
 
     @property
     def control_token_ids(self) -> list[int]:
-        """Ids of `<image>`, `[SEG]`, `<p>` and `</p>`."""
-        return self.tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
+        """Ids of the `control_tokens`: by default `<image>`, `[SEG]`, `<p>` and `</p>`."""
+        return self.tokenizer.convert_tokens_to_ids(self.control_tokens)
 
     def logits_processor(self, prompt_length: int, max_new_tokens: int | None = None) -> LogitsProcessorList:
         """
@@ -118,16 +148,19 @@ class MglmmProcessor(ProcessorMixin):
             prompt_length: Tokens of the (left-padded) prompts.
             max_new_tokens: That of `generate`, so that an answer is not cut inside a phrase.
         """
-        grammar = [UscdfGrammar(self.tokenizer, prompt_length, max_new_tokens)] if self.keep_to_grammar else []
-        return LogitsProcessorList(grammar)
+        if not self.keep_to_grammar:
+            return LogitsProcessorList()
+        tokens = [*self.control_tokens, *([self.region_token] if self.region_token else [])]
+        grammar = UscdfGrammar(self.tokenizer, prompt_length, max_new_tokens, tokens)
+        return LogitsProcessorList([grammar])
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "sam_pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", "sam_pixel_values", "region_boxes"]
 
     # ------------------------------------------------------------------ inputs
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, regions: Any = None, **kwargs: Any) -> BatchFeature:
         """
         Pictures and prompts to model inputs, as in every vision-language processor of transformers.
 
@@ -135,23 +168,36 @@ class MglmmProcessor(ProcessorMixin):
             images: One picture or a list, each anything `load_image` takes. One per `<image>` in `text`.
             text: One prompt or a list, normally made by `apply_chat_template`. Padding, if asked for, goes to the left,
                 as `generate` needs it, unless `padding_side` says otherwise.
+            regions: Boxes [x1, y1, x2, y2] in pixels of the upright pictures, one per `<region>` (or region token) of all
+                prompts in their order; each lies in the last picture before it.
 
         Returns:
             `input_ids`, `attention_mask`, `pixel_values` `(images, 3, H, W)`, `sam_pixel_values` `(images, 3, S, S)`
-            unless the tower is shared, `original_sizes` `(images, 2)` as height, width of the upright pictures.
+            unless the tower is shared, `original_sizes` `(images, 2)` as height, width of the upright pictures,
+            `region_boxes` float32 `(regions, 4)` in [0, 1] if there are any (see `region_box_frame`).
 
         Raises:
             ValueError: unreadable picture, wrong number of pictures, prompt longer than the tokenizer's
-                `model_max_length`.
+                `model_max_length`; regions for a model without region encoder, another number of boxes than of
+                `<region>`s, or a box that is none, not in its picture, or wholly outside of what the tower sees.
         """
         if images is not None:
             images = [load_image(image) for image in _flatten(images)]
         if "padding_side" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("padding_side", "left")
+        sizes = [image.size[::-1] for image in images or []]
+        boxes, text = read_regions(regions, text, sizes, self)
         inputs = super().__call__(images=images, text=text, **kwargs)
         if "input_ids" in inputs:
             self._check_length(inputs["input_ids"], inputs["attention_mask"])
+        if len(boxes):
+            inputs["region_boxes"] = torch.from_numpy(boxes) if torch.is_tensor(inputs["input_ids"]) else boxes.tolist()
         return inputs
+
+    @property
+    def region_token_id(self) -> int | None:
+        """Id of `region_token`; `None` for a model without region encoder."""
+        return None if self.region_token is None else self.tokenizer.convert_tokens_to_ids(self.region_token)
 
     def _check_length(self, input_ids: Any, attention_mask: Any) -> None:
         limit = self.tokenizer.model_max_length
@@ -178,15 +224,10 @@ class MglmmProcessor(ProcessorMixin):
         return data, [self.image_token * self.num_image_tokens] * len(images)
 
     def _for_tower(self, image: Image.Image) -> Image.Image:
-        """The middle of a very long picture: no more is left after the tower's centre crop, and its resize stays small."""
-        short, long = sorted(image.size)
-        if not self.image_processor.do_center_crop or long <= MAX_ASPECT_RATIO * short:
+        box = middle_of((image.height, image.width))
+        if not self.image_processor.do_center_crop or box == (0, 0, *image.size):
             return image
-        kept = (
-            MAX_ASPECT_RATIO * short + (long - MAX_ASPECT_RATIO * short) % 2
-        )  # an even rest: the centre stays in place
-        left, top = ((side - kept) // 2 if side == long else 0 for side in image.size)
-        return image.crop((left, top, left + min(kept, image.width), top + min(kept, image.height)))
+        return image.crop(box)
 
     @property
     def _size(self) -> Any:
@@ -221,9 +262,11 @@ class MglmmProcessor(ProcessorMixin):
         return super().apply_chat_template(escaped if batched else escaped[0], chat_template, **kwargs)
 
     def _escape(self, message: dict[str, Any]) -> dict[str, Any]:
-        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        tokens = {REGION_TOKEN, *(token.content for token in self.tokenizer.added_tokens_decoder.values())}
+        if message["role"] == "user":
+            tokens.remove(REGION_TOKEN)  # a user may point at a region
         if message["role"] == "assistant":
-            tokens = [token for token in tokens if token not in (SEG_TOKEN, PHRASE_START, PHRASE_END)]
+            tokens -= {SEG_TOKEN, PHRASE_START, PHRASE_END}
         tokens = [token for token in tokens if len(token) > 1 and not token.isspace()]
         content = message["content"]
         if isinstance(content, str):
@@ -355,7 +398,7 @@ class MglmmProcessor(ProcessorMixin):
 
     def split_pieces(self, ids: Sequence[int]) -> list[tuple[str, bool]]:
         """Generated ids as (text, is_control) pieces: only a control *token* is a tag, never its letters."""
-        control = dict(zip(self.control_token_ids, CONTROL_TOKENS, strict=True))
+        control = dict(zip(self.control_token_ids, self.control_tokens, strict=True))
         pieces: list[tuple[str, bool]] = []
         start = 0
         for end, token in enumerate([*ids, self.seg_token_id]):

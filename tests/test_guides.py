@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -27,8 +28,9 @@ from tests.hub_server import TOKEN, hub_server
 from tests.tiny import tiny_model, tiny_processor
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN_DATA, DATA, TRAINING = (
-    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("own_data.md", "data.md", "training.md")
+OWN_DATA, DATA, TRAINING, PUBLISHED_WEIGHTS = (
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("own_data.md", "data.md", "training.md", "published_weights.md")
 )
 
 
@@ -206,3 +208,19 @@ def test_every_dataset_has_its_line() -> None:
 @pytest.mark.parametrize(("guide", "lines"), [(OWN_DATA, 150), (DATA, 150), (TRAINING, 265)])
 def test_a_guide_is_short_enough_to_be_read(guide: str, lines: int) -> None:
     assert len(guide.splitlines()) <= lines
+
+
+def test_published_weights(
+    shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The guide's hub ids are folders here: tiny checkpoints in the same layouts."""
+    golden = shared_dir / "golden"
+    for name, repository in (("glamm", "MBZUAI/GLaMM-GCG"), ("lisa", "xinlai/LISA-7B-v1")):
+        shutil.copytree(golden / name / "ckpt", tmp_path / repository)
+        shutil.copytree(golden / name / "openai", tmp_path / "openai", dirs_exist_ok=True)
+        (tmp_path / "openai").chmod(0o755)
+    Image.open(golden / "images" / "A.png").convert("RGB").save(tmp_path / "photo.jpg")
+    names, _ = run_guide(PUBLISHED_WEIGHTS, tmp_path, monkeypatch)
+    assert names["answer"].clean_text
+    out = capsys.readouterr().out
+    assert "glamm-gcg: tensors" in out and "lisa-7b: tensors" in out and "glamm-old: 286 tensors" in out

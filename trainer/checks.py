@@ -13,7 +13,7 @@ from PIL import Image
 
 from mglmm.modeling_mglmm import MglmmForConditionalGeneration
 from mglmm.processing import MglmmProcessor
-from mglmm.processing.uscdf import CONTROL_TOKENS, IMAGE_TOKEN, render_phrase
+from mglmm.processing.uscdf import IMAGE_TOKEN, render_phrase
 
 # From the mean row, relative to its norm and to other rows' distance from it; rounding to bfloat16 gives less.
 INITIAL_DISTANCE = 0.01
@@ -67,7 +67,7 @@ def listed(items: list[str], most: int = 4) -> str:
 @check("control tokens")
 def control_tokens(processor: MglmmProcessor) -> tuple[bool, str]:
     tokenizer = processor.tokenizer
-    ids = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in CONTROL_TOKENS}
+    ids = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in processor.control_tokens}
     split = [f"{token} is {len(found)} tokens" for token, found in ids.items() if len(found) != 1]
     if split:
         return (
@@ -109,7 +109,7 @@ def tokens_in_sentence(processor: MglmmProcessor) -> tuple[bool, str]:
 @check("escaping")
 def escaping(processor: MglmmProcessor) -> tuple[bool, str]:
     """Control tokens that a user writes become plain text."""
-    tokens = [*CONTROL_TOKENS, *filter(None, [processor.tokenizer.eos_token])]
+    tokens = [*processor.control_tokens, *filter(None, [processor.tokenizer.eos_token])]
     counts = []
     for text in ("a picture", f"a {' b '.join(tokens)} picture"):
         ids, _ = _rendered(processor, [{"role": "user", "content": text}])
@@ -273,8 +273,8 @@ def new_token_rows(
 ) -> tuple[bool, str]:
     """Rows of `[SEG]`, `<p>`, `</p>` are not zero and, once trained, not the mean of the others, as which they start."""
     vocab = processor.tokenizer.get_vocab()
-    control = [vocab[token] for token in CONTROL_TOKENS if token in vocab]
-    new = {token: vocab[token] for token in CONTROL_TOKENS if token in vocab and token != IMAGE_TOKEN}
+    control = [vocab[token] for token in processor.control_tokens if token in vocab]
+    new = {token: vocab[token] for token in processor.control_tokens if token in vocab and token != IMAGE_TOKEN}
     zero, initial = [], []
     for name, weight in _layers(model).items():
         others = sorted(set(range(min(len(weight), len(vocab)))) - set(control))

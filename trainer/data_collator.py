@@ -42,13 +42,15 @@ class MglmmDataCollator:
     Returns (on call):
         `input_ids`, `attention_mask`, `labels` `(rows, length)`, right-padded, -100 outside the assistant's turns;
         `pixel_values` (and `sam_pixel_values`), or `image_features`; `mask_labels` uint8 `(total_masks, side, side)`;
+        `region_boxes` float32 `(total_regions, 4)` if rows have regions;
         `logits_to_keep` bool `(rows, length)`, the positions whose next token is supervised. Where rows were left out
         also `skipped_rows`, a list of `{"dataset", "index", "reason"}`. If every row of a batch is bad, one without
         any supervised token stands in: it adds nothing to any loss.
 
     Raises:
         ValueError: a bad row under `strict`, named with its dataset and index. A row is bad if its picture cannot be
-            read, its text and masks do not fit (`validate_row`), or it is too long: nothing is ever cut.
+            read, its text and masks do not fit (`validate_row`), it has regions that the model or its tower cannot see,
+            or it is too long: nothing is ever cut.
         FileNotFoundError: the feature cache lacks a picture.
     """
 
@@ -97,7 +99,10 @@ class MglmmDataCollator:
             return_dict=True,
             return_tensors="pt",
             return_assistant_tokens_mask=True,
-            processor_kwargs={"images_kwargs": {"return_pixels": self.feature_cache is None}},
+            processor_kwargs={
+                "regions": row["regions"],
+                "images_kwargs": {"return_pixels": self.feature_cache is None},
+            },
         )
         length = inputs["input_ids"].shape[1]
         limit = self.max_length or self.processor.tokenizer.model_max_length
@@ -130,8 +135,8 @@ class MglmmDataCollator:
             "logits_to_keep": torch.nn.functional.pad(supervised[:, 1:], (0, 1), value=False),
             "mask_labels": torch.cat([sample["mask_labels"] for sample in samples]),
         }
-        for name in ("pixel_values", "sam_pixel_values"):
-            pixels = [sample[name] for sample in samples if name in sample]
-            if pixels:
-                batch[name] = torch.cat(pixels)
+        for name in ("pixel_values", "sam_pixel_values", "region_boxes"):
+            parts = [sample[name] for sample in samples if name in sample]
+            if parts:
+                batch[name] = torch.cat(parts)
         return batch

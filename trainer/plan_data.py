@@ -14,7 +14,7 @@ from PIL import Image
 
 from mglmm.modeling_mglmm import MglmmConfig
 from mglmm.processing import MglmmProcessor
-from mglmm.processing.uscdf import IMAGE_TOKEN, conversation_of
+from mglmm.processing.uscdf import IMAGE_TOKEN, REGION_TOKEN, conversation_of
 
 from .config import DataConfig
 from .memory_estimate import Batch
@@ -118,7 +118,10 @@ def _sizes(row: dict[str, Any], processor: MglmmProcessor | None, image_tokens: 
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
-        processor_kwargs={"images_kwargs": {"return_pixels": False}},
+        processor_kwargs={
+            "images_kwargs": {"return_pixels": False},
+            "regions": [[16, 16, 48, 48]] * sum(message["content"].count(REGION_TOKEN) for message in row["messages"]),
+        },
     )
     return [len(inputs["input_ids"][0]), sum(inputs["assistant_masks"][0]), len(row["masks"]), images]
 

@@ -11,6 +11,7 @@ from mglmm.modeling_mglmm import MglmmForConditionalGeneration
 
 from .training_args import TRAINED_MODULES, MglmmTrainingArguments
 
+REGION_ENCODER = "region_encoder"  # trained by default, too, where the model has one
 # Parts of SAM's decoder that no loss reaches: the IoU head and the hypernetworks of the three unused mask tokens.
 UNTRAINED = ("iou_prediction_head", "hypernetworks_mlps.1", "hypernetworks_mlps.2", "hypernetworks_mlps.3")
 
@@ -28,14 +29,17 @@ def make_trainable(
     Raises:
         ValueError: `args.trained_modules` names something else than parts that can train, or `language_model` beside LoRA.
     """
-    known = (*TRAINED_MODULES, "language_model")
-    for name in args.trained_modules:
+    known = (*TRAINED_MODULES, REGION_ENCODER, "language_model")
+    wanted = list(args.trained_modules)
+    if wanted == list(TRAINED_MODULES):
+        wanted.append(REGION_ENCODER)  # unless the run chooses
+    for name in wanted:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             raise ValueError(
                 f"trained_modules: {name!r} cannot train (only {', '.join(known)} can); did you mean {near!r}?"
             )
-    modules = [name for name in args.trained_modules if getattr(model.model, name) is not None]
+    modules = [name for name in wanted if getattr(model.model, name) is not None]
     trained: PeftModel | MglmmForConditionalGeneration
     if "language_model" in modules:
         if args.lora_r:

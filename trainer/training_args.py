@@ -24,7 +24,7 @@ class MglmmTrainingArguments(TrainingArguments):
             value projections of the language model (never those of the towers or of the mask decoder).
         train_new_tokens (`bool`, *optional*, defaults to `True`): Train the embedding rows of `<p>`, `</p>`, `[SEG]`.
         trained_modules (`list[str]`, *optional*): Parts that train in full: by default both projectors, the neck of a
-            shared encoder and the mask decoder. `language_model` (with its head; needs `lora_r` 0) may be named too.
+            shared encoder, the mask decoder and, where there is one, the region encoder. `language_model` (with its head; needs `lora_r` 0) may be named too.
             Vision tower, pixel encoder and prompt encoder are always frozen.
 
     Parameters that control the loss:
