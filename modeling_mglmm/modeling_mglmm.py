@@ -1,11 +1,11 @@
 """MGLMM: a LLaVA-style vision-language model whose `[SEG]` tokens prompt SAM's mask decoder."""
 
+import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModel, PreTrainedModel, SamVisionConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -28,10 +28,20 @@ from .assembly import MglmmAssemblyMixin
 from .configuration_mglmm import MglmmConfig
 from .generation_mglmm import MglmmGenerationMixin
 from .image_features import MglmmImageFeatures, MglmmImageMixin
-from .mask_losses import mask_losses, picture_mask_losses
+from .losses import MglmmLossMixin
 from .outputs import MglmmModelOutput, MglmmOutput
 from .region_encoder import MglmmRegionEncoder
-from .seg_states import gather_seg_states, image_index_of_seg
+
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
 
 
 class MglmmProjector(nn.Module):
@@ -39,16 +49,20 @@ class MglmmProjector(nn.Module):
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int, hidden_act: str | None):
         super().__init__()
-        if hidden_act is None:
-            self.linear_1 = nn.Linear(in_features, out_features)
-            self.act = self.linear_2 = nn.Identity()
-        else:
-            self.linear_1 = nn.Linear(in_features, hidden_features)
-            self.act = ACT2FN[hidden_act]
-            self.linear_2 = nn.Linear(hidden_features, out_features)
+        self.linear_1 = nn.Linear(in_features, out_features if hidden_act is None else hidden_features)
+        self.act = nn.Identity() if hidden_act is None else ACT2FN[hidden_act]
+        self.linear_2 = nn.Identity() if hidden_act is None else nn.Linear(hidden_features, out_features)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(hidden_states)))
+
+
+def _is_kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# Checkpointing of the mask decoder keeps what is dear to compute again (about half of the memory) and recomputes the rest.
+_keep_products = functools.partial(create_selective_checkpoint_contexts, _is_kept)
 
 
 def num_layers(layers: int | list[int]) -> int:
@@ -171,7 +185,8 @@ class MglmmModel(MglmmImageMixin, MglmmPreTrainedModel):
             for prompt, index in zip(prompts.split(size), image_index.to(device).split(size), strict=True):
                 arguments = (image_embeddings[index], positional, prompt, dense, False)
                 if self.training and torch.is_grad_enabled() and self.gradient_checkpointing:
-                    masks.append(checkpoint(self.mask_decoder, *arguments, use_reentrant=False)[0])
+                    kept = checkpoint(self.mask_decoder, *arguments, use_reentrant=False, context_fn=_keep_products)
+                    masks.append(kept[0])
                 else:
                     masks.append(self.mask_decoder(*arguments)[0])
         return torch.cat(masks)[:, 0, 0]
@@ -236,7 +251,7 @@ class MglmmModel(MglmmImageMixin, MglmmPreTrainedModel):
         )
 
 
-class MglmmForConditionalGeneration(MglmmGenerationMixin, MglmmAssemblyMixin, MglmmPreTrainedModel):
+class MglmmForConditionalGeneration(MglmmLossMixin, MglmmGenerationMixin, MglmmAssemblyMixin, MglmmPreTrainedModel):
     """MGLMM with its language-model head: losses in training, text with masks in generation."""
 
     def __init__(self, config: MglmmConfig):
@@ -342,98 +357,6 @@ class MglmmForConditionalGeneration(MglmmGenerationMixin, MglmmAssemblyMixin, Mg
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _ce_loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.LongTensor,
-        logits_to_keep: int | torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        """Mean over the supervised tokens of the (global) batch."""
-        next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
-            next_labels = next_labels[logits_to_keep]
-        elif not isinstance(logits_to_keep, int) or logits_to_keep != 0:
-            raise ValueError("with labels, logits_to_keep must be 0 or a boolean (batch, length) mask of positions")
-        if num_items_in_batch is None:  # at least 1: a batch without supervised tokens has loss 0, not NaN
-            num_items_in_batch = (next_labels != -100).sum().clamp_min(1)
-        return self.loss_function(
-            logits=logits,
-            labels=None,
-            vocab_size=logits.shape[-1],
-            num_items_in_batch=num_items_in_batch,
-            shift_labels=next_labels.reshape(-1),
-        )
-
-    def _masks(
-        self,
-        input_ids: torch.LongTensor | None,
-        hidden_states: torch.Tensor,
-        image_features: MglmmImageFeatures | None,
-        mask_labels: torch.Tensor | list[torch.Tensor] | None,
-        mask_image_index: torch.LongTensor | None,
-    ) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
-        """Masks of the `[SEG]`s in `input_ids` and the image of each; `None` where nobody asked for masks."""
-        has_pixels = self.model.has_pixels(image_features)
-        if mask_labels is not None and input_ids is None:
-            raise ValueError("mask_labels need input_ids: the [SEG] positions cannot be found in inputs_embeds")
-        if input_ids is None or (mask_labels is None and not has_pixels):
-            return None, None
-        seg_id, image_id = self.config.seg_token_id, self.config.image_token_id
-        seg_states, rows, positions = gather_seg_states(hidden_states[:, :-1], input_ids[:, 1:], seg_id)
-        count = len(seg_states)
-        if mask_labels is not None and len(mask_labels) != count:
-            raise ValueError(
-                f"{count} [SEG] tokens in input_ids but {len(mask_labels)} mask_labels; "
-                "they are matched in order, so every [SEG] needs exactly one mask"
-            )
-        if mask_image_index is not None and len(mask_image_index) != count:
-            raise ValueError(f"{count} [SEG] tokens but {len(mask_image_index)} entries in mask_image_index")
-        if count == 0:
-            size = self.model.prompt_encoder.image_embedding_size
-            masks = hidden_states.new_zeros((0, 4 * size[0], 4 * size[1]), dtype=torch.float32)
-            return masks, input_ids.new_zeros((0,))
-        if not has_pixels:
-            raise ValueError("mask_labels need sam_pixel_values (or image_features made with them)")
-        if mask_image_index is None:
-            tokens_per_image = self.model.tokens_per_image(image_features)
-            mask_image_index = image_index_of_seg(input_ids, image_id, tokens_per_image, rows, positions)
-        embeddings = self.model.get_image_embeddings(image_features)
-        return self.model.decode_masks(seg_states, mask_image_index, embeddings), mask_image_index
-
-    def _mask_losses(
-        self,
-        pred_masks: torch.Tensor,
-        mask_labels: torch.Tensor | list[torch.Tensor],
-        num_masks_in_batch: torch.Tensor | int | None,
-        hidden_states: torch.Tensor,
-        image_features: MglmmImageFeatures | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if len(pred_masks) == 0:
-            zero = self._zero_mask_loss(
-                hidden_states, image_features if self.model.has_pixels(image_features) else None
-            )
-            return zero, zero
-        count = len(pred_masks) if num_masks_in_batch is None else num_masks_in_batch
-        if isinstance(mask_labels, list):
-            side = self.config.sam_config.prompt_encoder_config.image_size
-            frame = None if self.config.share_vision_tower else (side, side)
-            return picture_mask_losses(pred_masks, mask_labels, count, frame)
-        return mask_losses(pred_masks, mask_labels.to(pred_masks.device), count)
-
-    def _zero_mask_loss(self, hidden_states: torch.Tensor, image_features: MglmmImageFeatures | None) -> torch.Tensor:
-        """
-        A zero that reaches every trainable parameter, for batches without masks or without images: all ranks of a
-        distributed run must see gradients for the same parameters.
-        """
-        if image_features is None:
-            image_features = self.model.blank_image_features()
-        embeddings = self.model.get_image_embeddings(image_features)[:1]
-        index = torch.zeros(1, dtype=torch.long, device=embeddings.device)
-        mask = self.model.decode_masks(hidden_states[:1, 0], index, embeddings)
-        tokens = self.model.project_image_features(image_features)
-        return 0.0 * (mask.sum() + tokens.float().sum().to(mask.device))
 
 
 __all__ = [

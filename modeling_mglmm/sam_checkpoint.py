@@ -5,6 +5,7 @@ other size of the same architecture load through the same two functions.
 """
 
 import os
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,8 +20,6 @@ from transformers import (
     SamVisionConfig,
 )
 from transformers.initialization import no_init_weights
-
-from .weight_files import load_pickle
 
 # Not visible in any tensor shape; the original package builds every decoder with 8 heads.
 DECODER_ATTENTION_HEADS = 8
@@ -93,6 +92,28 @@ def load_sam_checkpoint(path: str | os.PathLike[str], dtype: torch.dtype = torch
     model.load_state_dict(weights)
     model.tie_weights()
     return model.eval()
+
+
+def load_pickle(file: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """
+    The dictionary in a file of `torch.save`, its tensors mapped into memory; nothing in it is executed.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{os.fspath(file)} cannot be read as plain tensors in torch.save's zip format: it may be an incomplete "
+            "download, another kind of file, or one that would execute code when loaded. Download it again from its "
+            "publisher, or save the bare state dictionary of a model you trust with torch.save"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(
+            f"{os.fspath(file)} holds a {type(state).__name__}, not a dictionary of tensors by their names"
+        )
+    return state
 
 
 def convert_sam_state_dict(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from .sam_checkpoint import load_pickle
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -112,25 +111,3 @@ def open_tensors(file: Path) -> Iterator[Callable[[str], torch.Tensor]]:
             yield tensors.get_tensor
         return
     yield load_pickle(file).__getitem__
-
-
-def load_pickle(file: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """
-    The dictionary in a file of `torch.save`, its tensors mapped into memory; nothing in it is executed.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{os.fspath(file)} cannot be read as plain tensors in torch.save's zip format: it may be an incomplete "
-            "download, another kind of file, or one that would execute code when loaded. Download it again from its "
-            "publisher, or save the bare state dictionary of a model you trust with torch.save"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise ValueError(
-            f"{os.fspath(file)} holds a {type(state).__name__}, not a dictionary of tensors by their names"
-        )
-    return state

@@ -54,6 +54,18 @@ def decode_mask(rle: Mapping[str, Any]) -> np.ndarray:
             not cover exactly H * W pixels.
     """
     height, width = check_size(rle)
+    runs = check_mask(rle)
+    pixels = np.repeat(np.arange(runs.size) % 2 == 1, runs)
+    return np.ascontiguousarray(pixels.reshape(width, height).T)
+
+
+def check_mask(rle: Mapping[str, Any]) -> np.ndarray:
+    """Run lengths (int64, background first) of a mask from any source, checked like `decode_mask` but not decoded.
+
+    Raises:
+        ValueError: as `decode_mask`.
+    """
+    height, width = check_size(rle)
     counts = rle.get("counts")
     if not isinstance(counts, str):
         raise ValueError(f"RLE counts must be a compressed COCO string, got {type(counts).__name__}.")
@@ -63,8 +75,7 @@ def decode_mask(rle: Mapping[str, Any]) -> np.ndarray:
         raise ValueError(f"RLE counts hold a run outside 0..{height * width}, the pixels of size {[height, width]}.")
     if runs.sum() != height * width:
         raise ValueError(f"RLE counts cover {runs.sum()} pixels, size {[height, width]} has {height * width}.")
-    pixels = np.repeat(np.arange(runs.size) % 2 == 1, runs)
-    return np.ascontiguousarray(pixels.reshape(width, height).T)
+    return runs
 
 
 def check_size(rle: Mapping[str, Any]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ padding, `S` supervised tokens and `M` masks:
     head            S vocabulary (2 b + 8): logits, their log-softmax in float32, and the gradients of both
     new rows        PEFT writes both tables of the vocabulary anew, and they get gradients, in the tables' dtype
     mask decoder    89 MiB a mask at SAM's size (64 x 64 cells, 256 channels, two blocks; float32, measured), for all M;
-                    with checkpointing for `mask_chunk_size` of them, and the image embedding (4 bytes a cell and channel)
+                    with checkpointing for `mask_chunk_size` of them, and 45 MiB for each of the others
                     of every one
     encoders        nothing is kept; R images in one layer of the larger one: b cells (6 h + 2 f), and in a layer of SAM
                     with global attention b heads cells^2, its position bias
@@ -54,6 +54,7 @@ MODULES = (
 )
 MIB = 2**20
 DECODER_BYTES = 89 * MIB  # kept for the backward pass of one mask
+PRODUCT_BYTES = 45 * MIB  # of these, what checkpointing keeps: the image embedding, and results of products and convolutions
 CUDA_CONTEXT = 1024 * MIB  # assumed: context, workspaces, communication
 REDUCE_BUCKET = 500_000_000  # parameters: DeepSpeed's reduce_bucket_size
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
@@ -218,7 +219,7 @@ def _mask_decoder(config: MglmmConfig, masks: int, checkpointing: bool) -> float
     scale = cells / 64**2 * decoder.hidden_size / 256 * decoder.num_hidden_layers / 2
     if not checkpointing:
         return masks * DECODER_BYTES * scale
-    return min(masks, config.mask_chunk_size) * DECODER_BYTES * scale + masks * cells * decoder.hidden_size * 4
+    return (min(masks, config.mask_chunk_size) * (DECODER_BYTES - PRODUCT_BYTES) + masks * PRODUCT_BYTES) * scale
 
 
 def _encoders(config: MglmmConfig, images: int, bytes_per_value: int) -> float:

@@ -280,16 +280,31 @@ def test_evaluate_prints_the_results(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[tuple[Any, ...]] = []
+    pushed: list[tuple[Any, ...]] = []
+    answers: list[dict[str, Any] | None] = [{"rows": 3}, {"rows": 4}, None]
 
-    def evaluate(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    def evaluate(*args: Any, **kwargs: Any) -> dict[str, Any] | None:
         calls.append((args, kwargs))
-        return {"rows": 3}
+        return answers.pop(0)
 
-    patch(monkeypatch, "mglmm.evaluation.held_out", "evaluate", evaluate)
-    patch(monkeypatch, "mglmm.evaluation.held_out", "to_markdown", lambda results: f"{results['rows']} rows")
+    patch(monkeypatch, "mglmm.evaluation.run", "evaluate", evaluate)
+    patch(monkeypatch, "mglmm.evaluation.report", "to_markdown", lambda results: f"{results['rows']} rows")
+    patch(monkeypatch, "mglmm.evaluation.push", "push_results", lambda *args: pushed.append(args) or "https://card")
     assert run("evaluate", "model", "--data", "rows", "--output", "metrics", "--limit", 3) == 0
-    assert calls == [(("model", "rows", "validation", Path("metrics")), {"limit": 3, "batch_size": 16})]
-    assert capsys.readouterr().out == "3 rows\n"
+    none: dict[str, Any] = {"predictions": None, "text_similarity": None}
+    options = {"mode": "both", "limit": 3, "batch_size": 16} | none
+    assert calls == [(("model", "rows", Path("metrics"), "photos", None), options)]
+    assert capsys.readouterr().out == "3 rows\n" and not pushed
+
+    more = ["--benchmark", "gcg", "--split", "test", "--mode", "parity", "--predictions", "p.jsonl", "--batch-size", 2]
+    more += ["--text-similarity", "exact", "--push", "me/hats"]
+    assert run("evaluate", "--data", "rows", "--output", "metrics", *more) == 0
+    expected = {"mode": "parity", "limit": None, "batch_size": 2, "predictions": Path("p.jsonl")}
+    assert calls[1] == ((None, "rows", Path("metrics"), "gcg", "test"), expected | {"text_similarity": "exact"})
+    assert pushed == [({"rows": 4}, "me/hats")] and capsys.readouterr().out == "4 rows\nhttps://card\n"
+
+    assert run("evaluate", "model", "--data", "rows", "--output", "metrics", "--push", "me/hats") == 0
+    assert capsys.readouterr().out == "" and len(pushed) == 1  # a process that is not the main one
 
 
 # ------------------------------------------------------------------ the demo

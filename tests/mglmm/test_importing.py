@@ -12,10 +12,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from transformers import AutoTokenizer, SamModel
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, SamModel
 
 from mglmm import MglmmForConditionalGeneration, MglmmProcessor
 from mglmm.importing import import_weights
+from tests.tiny import CLIP, LLAMA, Tiny, picture, tiny_processor
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
@@ -392,3 +394,73 @@ def test_transformers_sam_as_part(glamm: Path, shared_dir: Path) -> None:
     import_weights(llava, glamm.parent / "b", sam=str(glamm.parent / "sam"))
     a, b = weights_of(glamm.parent / "a"), weights_of(glamm.parent / "b")
     assert all(torch.equal(b[name], tensor) for name, tensor in a.items())
+
+
+def test_mglmm_layout(glamm: Path) -> None:
+    """GLaMM's names with another prefix and no region encoder; the saved index of [SEG] is not needed."""
+    for file in sorted(glamm.glob("*.bin")):
+        state = torch.load(file, weights_only=True)
+        old, new = "model.grounding_encoder.", "model.segment_encoder."
+        state = {name.replace(old, new): t for name, t in state.items() if "region_encoder" not in name}
+        torch.save(state, file)
+    index = json.loads((glamm / "pytorch_model.bin.index.json").read_text())
+    names = {
+        name.replace("grounding_encoder", "segment_encoder"): file
+        for name, file in index["weight_map"].items()
+        if "region_encoder" not in name
+    }
+    (glamm / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    edit_config(
+        glamm, architectures=["MGLMMForCausalLM"], with_region=False, seg_token_idx=1004, vision_pretrained="vit_h"
+    )
+    import_weights(glamm, glamm.parent / "out")
+    model = MglmmForConditionalGeneration.from_pretrained(glamm.parent / "out")
+    processor = MglmmProcessor.from_pretrained(glamm.parent / "out")
+    assert model.model.region_encoder is None and processor.region_token is None
+    assert (model.config.seg_token_id, model.config.image_token_id) == (1004, 1007)
+    assert json.loads((glamm.parent / "out" / "import.json").read_text())["layout"] == "MGLMM"
+
+
+def test_lisa_with_phrase_tags(lisa: Path) -> None:
+    """Fresh rows for the tags; what LISA knew stays where it was."""
+    import_weights(lisa, lisa.parent / "out", add_phrase_tags=True)
+    processor = MglmmProcessor.from_pretrained(lisa.parent / "out")
+    assert processor.control_token_ids == [1003, 1000, 1004, 1005]
+    rows = weights_of(lisa.parent / "out")["model.language_model.embed_tokens.weight"]
+    original = torch.load(lisa / "pytorch_model.bin", weights_only=True)["model.embed_tokens.weight"]
+    assert torch.equal(rows[:1003], original)
+    torch.testing.assert_close(rows[1003:], original.mean(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("old_names", [True, False])  # those of the files on the hub, those of the model
+def test_llava_of_transformers(tiny: Tiny, old_names: bool, tmp_path: Path) -> None:
+    """The text of the imported model is that of LlavaForConditionalGeneration."""
+    processor = tiny_processor()
+    torch.manual_seed(0)
+    vocabulary = len(processor.tokenizer) + 8  # padded, as llava-hf's is
+    config = LlavaConfig(
+        vision_config=CLIP,
+        text_config={**LLAMA, "vocab_size": vocabulary, "tie_word_embeddings": False},
+        image_token_index=processor.image_token_id,
+        image_seq_length=4,
+    )
+    llava = LlavaForConditionalGeneration(config).eval()
+    folder = tmp_path / "llava"
+    llava.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    if not old_names:  # what `save_pretrained` writes are the old ones
+        save_file(
+            {name: tensor.contiguous() for name, tensor in llava.state_dict().items()}, folder / "model.safetensors"
+        )
+    assert ("model.language_model.norm.weight" in weights_of(folder)) != old_names
+    sam = SamModel(tiny.model.config.sam_config)
+    sam.save_pretrained(tmp_path / "sam")
+    import_weights(folder, tmp_path / "out", sam=str(tmp_path / "sam"))
+    model = MglmmForConditionalGeneration.from_pretrained(tmp_path / "out")
+    inputs = processor(images=picture(), text="USER: <image>\nWhat is it? ASSISTANT:", return_tensors="pt")
+    fields = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        expected, found = llava(**fields).logits, model(**fields).logits
+    words = slice(processor.image_token_id)
+    torch.testing.assert_close(found[..., words], expected[..., words], atol=1e-4, rtol=0)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from mglmm.modeling_mglmm import MglmmForConditionalGeneration
-from mglmm.modeling_mglmm.sam_checkpoint import _original_name
+from mglmm.modeling_mglmm.sam_checkpoint import original_sam_name
 from tests.modeling_mglmm.batches import ROWS, prompts, training_batch
 from tests.modeling_mglmm.test_modeling import LANGUAGE_MODELS, TOWERS
 from tests.tiny import CLIP, script_tokens, tiny_config
@@ -213,7 +213,7 @@ def test_the_original_sam_file(tiny, tmp_path) -> None:
     config.mask_decoder_config.num_attention_heads = 8
     sam = seeded(lambda: SamModel(config))
     depth = config.mask_decoder_config.iou_head_depth
-    original = {_original_name(name, depth): value for name, value in sam.state_dict().items()}
+    original = {original_sam_name(name, depth): value for name, value in sam.state_dict().items()}
     torch.save(original, tmp_path / "sam.pth")
     model = from_parts(vision_part(), text_part(tiny.processor), tmp_path / "sam.pth", tiny.processor)
     assert_same_weights(model.model.mask_decoder, sam.mask_decoder.state_dict())
@@ -257,7 +257,7 @@ def test_padded_vocabularies(tiny, padding: int) -> None:
 def test_a_tokenizer_that_knew_a_tag_already(tiny) -> None:
     """The mean is over all old rows, also when a control token lies among them."""
     processor = type("Processor", (), {"tokenizer": tiny.processor.tokenizer, "control_token_ids": [3, 400, 401, 402]})
-    for name in ("image_token_id", "seg_token_id"):
+    for name in ("image_token_id", "seg_token_id", "region_token_id"):
         setattr(processor, name, getattr(tiny.processor, name))
     text = text_part(tiny.processor)
     old = torch.cat([text.lm_head.weight[:3], text.lm_head.weight[4:400]]).clone()

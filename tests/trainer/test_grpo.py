@@ -235,7 +235,9 @@ def test_the_picture_reaches_the_policy(make_trainer):
         ids = torch.cat([inputs["input_ids"], answer], 1)
         mask = torch.ones_like(ids)
         with torch.no_grad():
-            logits = tiny.model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits
+            states = tiny.model.model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"])
+            # TRL applies the head itself, without `forward`'s rule that `<image>` is no answer.
+            logits = tiny.model.lm_head(states.last_hidden_state)
             expected = logits[:, -answer.shape[1] - 1 : -1].log_softmax(-1).gather(-1, answer[..., None])[..., 0]
             logps, _, _ = trainer._get_per_token_logps_and_entropies(
                 trainer.model,

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
-from mglmm.trainer.memory_estimate import DECODER_BYTES, language_model_bytes
+from mglmm.modeling_mglmm.modeling_mglmm import PRODUCTS
+from mglmm.trainer.memory_estimate import DECODER_BYTES, PRODUCT_BYTES, language_model_bytes
 
 
 def kept_bytes(model: torch.nn.Module, call) -> int:
@@ -74,3 +76,18 @@ def test_what_a_mask_keeps():
     prompt, dense = torch.randn(1, 1, 1, 256, requires_grad=True), torch.randn(1, 256, 64, 64)
     kept = kept_bytes(decoder, lambda: decoder(image, positional, prompt, dense, False)[0])
     assert DECODER_BYTES == pytest.approx(kept, rel=0.1)
+
+    class Products(TorchDispatchMode):
+        """Sums up what selective checkpointing keeps."""
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            if operation in PRODUCTS:
+                first = result[0] if isinstance(result, tuple) else result
+                sizes.append(first.numel() * first.element_size())
+            return result
+
+    sizes: list[int] = []
+    with Products():
+        decoder(image, positional, prompt, dense, False)
+    assert PRODUCT_BYTES == pytest.approx(sum(sizes) + image.numel() * 4, rel=0.05)
