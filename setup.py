@@ -27,7 +27,8 @@ EXTRAS = {
     "quantization": ["bitsandbytes>=0.50"],
     # reading the tokenizers of published checkpoints
     "import": ["protobuf>=5", "sentencepiece>=0.2"],
-    "eval": ["evaluate>=0.4.6", "scipy>=1.15"],
+    # captions: scorers and the Java programs of COCO
+    "eval": ["pycocoevalcap>=1.2"],
     # parity of imported weights with Meta's own implementation
     "segment-anything": ["segment-anything>=1.0", "torchvision>=0.28"],
     "demo": ["scikit-image>=0.26"],
@@ -71,6 +72,7 @@ setup(
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",
+        "evaluate>=0.4.6",
         "fsspec>=2025.3",
         "httpx2>=2.16",
         "huggingface_hub>=2.4",
@@ -84,6 +86,7 @@ setup(
         "pyarrow>=21",
         "pyyaml>=6.0",
         "safetensors>=0.7",
+        "scipy>=1.15",
         "tokenizers>=0.22",
         "torch>=2.13",
         "tqdm>=4.66",

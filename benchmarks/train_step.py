@@ -169,6 +169,7 @@ class BareParts:
         )
         keep = self.batch["logits_to_keep"]
         logits = self.language_model.get_output_embeddings()(outputs.last_hidden_state[keep])
+        logits[:, self.model.config.image_token_id] = torch.finfo(logits.dtype).min  # `<image>` is no answer
         return F.cross_entropy(
             logits.float(), self.batch["input_ids"].roll(-1, dims=1)[keep]
         ), outputs.last_hidden_state

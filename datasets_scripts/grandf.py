@@ -9,6 +9,9 @@ images where LISA, GLaMM and MGLMM put them.
   per sentence) and `annotations` (`image_id`, `tokens_positive` `[[start, end], ...]`, `sam_mask`, `ignore`).
 - RefCOCOg, `RefCOCOg_GCG_{train,val}.json`: a list of objects with one name each, whose value holds `img_file_name`,
   `caption` and `refs` (`sentence`, `segmentation` polygons).
+
+The ground truth of the evaluation, `gcg_ground_truth.py`, lies in `val_test/` beside `train/`, its images in
+`GranDf_HA_images/val_test/`. It has splits `validation` and `test`, in the human annotated part.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from typing import Any
 from . import phrase_templates
 from .builder import Row, make_row, reason_of
 from .conversations import Turn
-from .layouts import FLICKR_IMAGES, SplitTables, coco_images
+from .gcg_ground_truth import CAPTIONS, GroundTruth
+from .layouts import FLICKR_IMAGES, SplitTables, coco_images, split_sources
 from .masks import rle_of, union
 from .phrases import Rle, Span, grounded, unquote
 from .sources import JsonTables, check_image_size, displayed_size, inside
@@ -102,14 +106,43 @@ class PhraseKeyedCaptions(GroundedCaptionBuilder):
         return GroundedCaption(path, size, text, spans)
 
 
+def human_images(name: str) -> tuple[str, ...]:
+    return (f"GranDf/GranDf_HA_images/{name}", f"GranDf_HA_images/{name}", f"images/{name}", "images")
+
+
 class GrandfHuman(PhraseKeyedCaptions):
+    """Its validation and test are the ground truth of GranD-f's evaluation, with the images of every part."""
+
     SOURCE = "grandf_human"
     SPLITS = {
-        "train": (
-            grandf_file("GranDf_HA_GCG_train.json"),
-            ("GranDf/GranDf_HA_images/train", "GranDf_HA_images/train", "images/train", "images"),
-        )
+        "train": (grandf_file("GranDf_HA_GCG_train.json"), human_images("train")),
+        **{split: (grandf_file(name), human_images("val_test")) for split, name in CAPTIONS.items()},
     }
+
+    def items(self) -> dict[str, Sequence[Any]]:
+        self._sources: dict[str, tuple[JsonTables, Path]] = {}
+        self._truths: dict[str, GroundTruth] = {}
+        items: dict[str, Sequence[Any]] = {}
+        for split, (file, folder) in split_sources(self, self.SPLITS).items():
+            if split in CAPTIONS:
+                self._truths[split] = GroundTruth(self, file, folder)
+                keys = self._truths[split].keys()
+            else:
+                tables = self.tables(file, **self.TABLES)
+                self._sources[split] = tables, folder
+                keys = tables.keys("entries")
+            items[split] = [(split, key) for key in keys]
+        return items
+
+    def rows(self, item: Any) -> Iterator[Row]:
+        split, key = item
+        if split not in CAPTIONS:
+            yield from super().rows(item)
+            return
+        rng = self.generator(self.SOURCE, split, key, 0)
+        question = loosen(rng, choose(rng, phrase_templates.GROUNDED_CAPTION_QUESTIONS))
+        path, size, turns = self._truths[split].read(key, question)
+        yield make_row(path, key, self.SOURCE, "grounded_caption", turns, size=size)
 
 
 class GrandfOpenPsg(PhraseKeyedCaptions):

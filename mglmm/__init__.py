@@ -1,6 +1,7 @@
 """MGLMM: a large multimodal model that describes images in text whose phrases carry masks."""
 
 from pathlib import Path as _Path
+from typing import Any as _Any
 
 # In a checkout the sub-packages (`mglmm.processing`, ...) are siblings of this folder, in a wheel they lie inside it.
 _root = _Path(__file__).resolve().parent.parent
@@ -19,6 +20,27 @@ from .registration import (  # noqa: E402
 
 __version__ = "0.1.0"
 
+
+def load_metric(name: str) -> _Any:
+    """
+    A metric of this package as `evaluate.load` gives it, without a network.
+
+    Args:
+        name: Such as "referring_segmentation", "segcap" or "captioning".
+
+    Raises:
+        ValueError: there is no such metric; names those that there are.
+    """
+    import evaluate
+
+    from mglmm.evaluation import metrics
+
+    files = {path.stem: path for path in _Path(metrics.__file__).parent.glob("[!_]*.py")}
+    if name not in files:
+        raise ValueError(f"there is no metric {name!r}; there are {', '.join(sorted(files))}")
+    return evaluate.load(str(files[name]))
+
+
 __all__ = [
     "MglmmConfig",
     "MglmmForConditionalGeneration",
@@ -27,4 +49,5 @@ __all__ = [
     "MglmmProcessor",
     "SegCap",
     "Segment",
+    "load_metric",
 ]

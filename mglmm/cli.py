@@ -237,18 +237,50 @@ def doctor(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
-    data: Annotated[str, typer.Option(help="Folder or hub id of a USCDF dataset with the configuration 'benchmark'.")],
+    data: Annotated[str, typer.Option(help="Folder or hub id of prepared data.")],
     output: Annotated[Path, typer.Option(help="Folder for predictions and results; a stopped run goes on there.")],
-    split: Annotated[str, typer.Option(help="Split to measure.")] = "validation",
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id.")] = None,
+    benchmark: Annotated[
+        str, typer.Option(help="What to measure, such as refcoco or gcg; an unknown name lists all.")
+    ] = "photos",
+    split: Annotated[str | None, typer.Option(help="Split to measure; by default the benchmark's own.")] = None,
+    mode: Annotated[
+        Literal["clean", "parity", "both"], typer.Option(help="The right metric, the original papers' rule, or both.")
+    ] = "both",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows, spread over sources and tasks.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 16,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score this predictions.jsonl; no model is needed then.")
+    ] = None,
+    text_similarity: Annotated[
+        str | None, typer.Option(help="Text encoder that compares phrases, or exact, or exact-noun.")
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="Hub id of the model: add the results to its card.")] = None,
 ) -> None:
-    """Measure a model on held-out rows and print the metrics."""
-    from .evaluation.held_out import evaluate as evaluate_held_out
-    from .evaluation.held_out import to_markdown
+    """Measure a model on a benchmark and print the metrics. Start it by torchrun or accelerate for several GPUs."""
+    from .evaluation.report import to_markdown
+    from .evaluation.run import evaluate as run_benchmark
 
-    print(to_markdown(evaluate_held_out(model, data, split, output, limit=limit, batch_size=batch_size)))
+    results = run_benchmark(
+        model,
+        data,
+        output,
+        benchmark,
+        split,
+        mode=mode,
+        limit=limit,
+        batch_size=batch_size,
+        predictions=predictions,
+        text_similarity=text_similarity,
+    )
+    if results is None:  # another process speaks
+        return
+    print(to_markdown(results))
+    print(f"written to {output}: results.json, report.html", file=sys.stderr)
+    if push is not None:
+        from .evaluation.push import push_results
+
+        print(push_results(results, push))
 
 
 @app.command("import-weights")
@@ -269,6 +301,9 @@ def import_weights(
     template: Annotated[
         Literal["v1", "llama_2"], typer.Option(help="'llama_2' for a LISA trained with such conversations.")
     ] = "v1",
+    add_phrase_tags: Annotated[
+        bool, typer.Option("--add-phrase-tags", help="Give a LISA the tokens <p> and </p>, to train it on USCDF.")
+    ] = False,
     lora_alpha: Annotated[float, typer.Option(help="Of a LoRA that was not merged.")] = 16,
     allow_missing: Annotated[
         list[str] | None, typer.Option(help="Tensor (or pattern with *) that may be missing or left over.")
@@ -286,6 +321,7 @@ def import_weights(
         base=base,
         dtype=dtype,
         template=template,
+        add_phrase_tags=add_phrase_tags,
         lora_alpha=lora_alpha,
         allow_missing=allow_missing or (),
         license=license,

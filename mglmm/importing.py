@@ -76,6 +76,7 @@ def import_weights(
     base: str | None = None,
     dtype: str | None = None,
     template: Literal["v1", "llama_2"] = "v1",
+    add_phrase_tags: bool = False,
     lora_alpha: float = 16,
     allow_missing: Sequence[str] = (),
     license: str | None = None,
@@ -90,6 +91,7 @@ def import_weights(
         base: For a training file without `config.json` and tokenizer: folder or hub id of the model it started from.
         dtype: "float32", "bfloat16" or "float16" of all but the mask path (float32); by default as stored.
         template: "llama_2" for a LISA that was trained with the llava_llama_2 conversations.
+        add_phrase_tags: Give a LISA the tokens `<p>` and `</p>`, which it lacks, to train it on USCDF.
         lora_alpha: Of an unmerged LoRA, 16 in the originals; its rank is read off the tensors.
         allow_missing: Tensors (names, or patterns with `*`) that may be missing or left over.
         license: For the card, an identifier that the Hub knows; by default the one of the source's own card, if any.
@@ -112,7 +114,7 @@ def import_weights(
     layout = find_layout(tensors)
     named = {today_name(name, layout): info for name, info in tensors.items()}
 
-    parts: dict[str, PreTrainedModel] = {}
+    parts: dict[str, Any] = {}
     vision, image_processor, tower = _vision(layout, original, [folder, settings], vision_tower, parts)
     if not layout.sam_prefix:
         parts["SAM"] = _load_sam(sam)
@@ -131,16 +133,19 @@ def import_weights(
                 f"the tokenizer of {settings} has {len(tokenizer) - 1} entries but the embeddings have {rows} rows: these "
                 "are not of one checkpoint"
             )
-    processor = _processor(layout, tokenizer, image_processor, vision, original, template, named, parts)
+    processor = _processor(
+        layout, tokenizer, image_processor, vision, original, template, add_phrase_tags, named, parts
+    )
     # Vocabulary rows without an original: `<image>`, and for LLaVA the tags and what its matrix has been padded with.
     known_size = rows if layout.sam_prefix else min(rows, old_size)
+    vocab_size = max(rows, len(tokenizer))
     config = mglmm_config(
         layout,
         original,
         named,
         vision,
         parts["SAM"].config if "SAM" in parts else None,
-        vocab_size=max(rows, len(tokenizer)),
+        vocab_size=vocab_size,
         image_token_id=processor.image_token_id,
         seg_token_id=processor.seg_token_id,
         region_token_id=processor.region_token_id,
@@ -153,15 +158,17 @@ def import_weights(
         parts,
         dtype=None if dtype is None else DTYPES[dtype],
         lora_scale=lora_alpha / lora_rank,
-        new_rows=range(known_size, config.text_config.vocab_size),
+        new_rows=range(known_size, vocab_size),
         allow_missing=allow_missing,
     )
     stored = named[embeddings].dtype
     config.dtype = stored if dtype is None else DTYPES[dtype]
 
-    unfinished = _unfinished(output, files, tensors, [str(source), tower, sam, base, dtype, lora_alpha, max_shard_size])
+    unfinished = _unfinished(
+        output, files, tensors, [str(source), tower, sam, base, dtype, add_phrase_tags, lora_alpha, max_shard_size]
+    )
     plan.write(unfinished, max_shard_size)
-    custom_object_save(plan.model, unfinished, config=config)
+    custom_object_save(plan.model, unfinished, config=config)  # type: ignore[arg-type]
     config.architectures = [type(plan.model).__name__]
     config.save_pretrained(unfinished)
     GenerationConfig(
@@ -271,6 +278,7 @@ def _processor(
     vision: PreTrainedConfig,
     original: dict[str, Any],
     template: str,
+    add_phrase_tags: bool,
     named: dict[str, Any],
     parts: dict[str, PreTrainedModel],
 ) -> MglmmProcessor:
@@ -289,7 +297,7 @@ def _processor(
         patch_size=vision.patch_size,
         num_prefix_tokens=int(whole),
         chat_template=templates.get(layout, LLAVA_V1),
-        control_tokens=(IMAGE_TOKEN, SEG_TOKEN) if layout is LISA else CONTROL_TOKENS,
+        control_tokens=(IMAGE_TOKEN, SEG_TOKEN) if layout is LISA and not add_phrase_tags else CONTROL_TOKENS,
         # Published models write a [SEG] without a phrase, too.
         keep_to_grammar=not layout.sam_prefix,
         region_token="<bbox>" if has_regions else None,

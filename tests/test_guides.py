@@ -22,15 +22,18 @@ from torch.distributed.run import get_args_parser
 from mglmm import MglmmForConditionalGeneration, MglmmProcessor
 from mglmm.cli import main
 from mglmm.datasets_scripts.families import BUILDERS
+from mglmm.evaluation import caption_scorers, java
+from mglmm.evaluation.benchmarks import BENCHMARKS
+from mglmm.evaluation.java import JavaError
 from mglmm.trainer.config import DataConfig, RunConfig, read_config
 from mglmm.trainer.training_args import MglmmTrainingArguments
 from tests.hub_server import TOKEN, hub_server
 from tests.tiny import tiny_model, tiny_processor
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN_DATA, DATA, TRAINING, PUBLISHED_WEIGHTS = (
+OWN_DATA, DATA, TRAINING, PUBLISHED_WEIGHTS, EVALUATION = (
     (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("own_data.md", "data.md", "training.md", "published_weights.md")
+    for name in ("own_data.md", "data.md", "training.md", "published_weights.md", "evaluation.md")
 )
 
 
@@ -205,7 +208,9 @@ def test_every_dataset_has_its_line() -> None:
     assert listed and sorted(listed) == sorted((n, b.__module__.rpartition(".")[2]) for n, b in BUILDERS.items())
 
 
-@pytest.mark.parametrize(("guide", "lines"), [(OWN_DATA, 150), (DATA, 150), (TRAINING, 265)])
+@pytest.mark.parametrize(
+    ("guide", "lines"), [(OWN_DATA, 150), (DATA, 150), (TRAINING, 265), (EVALUATION, 110), (PUBLISHED_WEIGHTS, 125)]
+)
 def test_a_guide_is_short_enough_to_be_read(guide: str, lines: int) -> None:
     assert len(guide.splitlines()) <= lines
 
@@ -224,3 +229,17 @@ def test_published_weights(
     assert names["answer"].clean_text
     out = capsys.readouterr().out
     assert "glamm-gcg: tensors" in out and "lisa-7b: tensors" in out and "glamm-old: 286 tensors" in out
+
+
+def test_evaluation(training_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_java() -> str:
+        raise JavaError("left out, for its start takes long")
+
+    for module in (java, caption_scorers):
+        monkeypatch.setattr(module, "find_java", no_java)
+    names, _ = run_guide(EVALUATION, training_home, monkeypatch)
+    assert {path.name for path in Path("metrics").iterdir()} == {"held_out", "mgsc", "questions", "again"}
+    assert names["made"]["numbers"]["clean"]["mIoU_gt"] == names["again"]["numbers"]["clean"]["mIoU_gt"]
+    table = EVALUATION[EVALUATION.index("| `--benchmark`") : EVALUATION.index("`--split` chooses")]
+    cells = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
+    assert {name for cell in cells for name in re.findall(r"`([\w+]+)`", cell)} == set(BENCHMARKS)

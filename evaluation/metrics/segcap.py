@@ -1,181 +1,367 @@
-"""Segmentation captioning: descriptions whose phrases carry masks."""
+"""Segmentation captioning (GCG and MGSC): descriptions whose phrases carry masks."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import datasets
+import evaluate
 import numpy as np
 from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from mglmm.datasets_scripts.labels import Noun
+from mglmm.evaluation.average_precision import AveragePrecision, Detections
+from mglmm.evaluation.mask_pairs import admissible_pairs, greedy_pairs, original_pairs
+from mglmm.evaluation.metrics.captioning import CaptioningScore
+from mglmm.evaluation.metrics.referring_segmentation import MASK_FEATURE
+from mglmm.evaluation.text_similarity import DEFAULT_ENCODER, BertSimilarity, TextSimilarity, load_text_similarity
+from mglmm.processing.rle import check_mask, check_size, encode_mask
 
-IOU_THRESHOLD = 0.5
-MAX_DETECTIONS = 100  # of one image, the highest scores first, as COCO counts
-DETERMINERS = frozenset("a an the all some one two several".split())
+CAPTION_METRICS = ("METEOR", "CIDEr")
+
+ImageId = str | int
+Mask = np.ndarray | Mapping[str, Any]
 
 
 class SegCapScore:
     """
-    Mask recall, AP50 and mIoU of descriptions. Every ground-truth mask stays in every denominator.
+    AP50, mIoU and mask recall of descriptions, and METEOR and CIDEr where there are captions.
 
-    - `mask_recall`: share of the ground-truth masks that are matched with a predicted mask of IoU >= 0.5 whose phrase means
-      the same by `same_noun` (`text_match: "exact-noun"`). Matching is one to one within an image, the highest IoU first,
-      among the pairs that pass both tests.
+    `clean`: every ground truth stays in every denominator, and neither the order of the images nor that of the objects of
+    an image changes anything.
+
+    - `mask_recall`: share of the ground truths that are matched with a predicted mask of IoU >= 0.5 and a phrase of
+      similarity >= 0.5. In each image as many are matched, one to one, as can be; of several ways to do that the one with
+      the highest sum of IoUs counts (Hungarian method). A mask without a phrase matches nothing.
     - `AP50`: COCO's average precision of the masks at IoU 0.5, without classes and phrases, ranked by their scores.
-    - `mIoU_gt`: mean over the ground-truth masks of the IoU with the predicted mask they are paired with, 0 without one.
-      Pairs are one to one, the highest IoU first, whatever the phrases.
+    - `mIoU`: mean over the images of the mean IoU of their pairs, 0 without any. Pairs are one to one, the highest IoU
+      first, whatever the phrases; what finds no partner is not counted.
+    - `mIoU_gt`: mean over the ground-truth masks of the IoU of their pair, 0 without one.
 
-    Equal IoUs and equal scores are resolved by order.
+    `parity`: what the scripts of MGLMM and GLaMM print, with all of COCO's twelve numbers (`COCO_STATS`; -1: no ground truth
+    of that size).
+
+    - All scores are 1, so the ids of the images (sorted) and the order within an answer rank the predictions.
+    - `mIoU`: as above, but 0 for an image where a predicted and a ground-truth mask are both empty.
+    - `mask_recall`: pairs are taken by the highest IoU alone, and the first one that fails a threshold ends the image; a
+      pair of two empty masks passes that of the IoU. Phrases and labels belong to masks by their index. Where a pair lacks
+      one the scripts fail and count no match of the image; GLaMM keeps its labels in the denominator, MGLMM drops them.
+
+    No mask is kept: of an image there remain its numbers and which detections match at COCO's thresholds, about 3 KB.
+
+    Args:
+        similarity: Of phrases. The default is the originals', `BertSimilarity()`.
+        original: "mglmm" or "glamm", whose script `parity` follows.
+
+    Raises:
+        ValueError: the text encoder is not at hand, or there is no such original.
     """
 
-    def __init__(self) -> None:
-        self._ious: list[float] = []  # one for each ground-truth mask
-        self._recalled = 0
-        self._images: list[dict[str, Any]] = []
-        self._references: list[dict[str, Any]] = []
-        self._detections: list[dict[str, Any]] = []
+    def __init__(self, similarity: TextSimilarity | None = None, original: Literal["mglmm", "glamm"] = "mglmm") -> None:
+        if original not in ("mglmm", "glamm"):
+            raise ValueError(f'no script of {original!r} scores descriptions: original is "mglmm" or "glamm"')
+        self._similarity = BertSimilarity() if similarity is None else similarity
+        self._original = original
+        self._images: dict[ImageId, _Image] = {}
+        self._coco, self._coco50 = AveragePrecision(), AveragePrecision(only_ap50=True)
+        self._captions: dict[str | None, CaptioningScore] = {}  # for each split; None: for all images
 
     def update(
         self,
-        pred_masks: Sequence[np.ndarray],
-        pred_phrases: Sequence[str],
-        pred_scores: Sequence[float],
-        gt_masks: Sequence[np.ndarray],
-        gt_phrases: Sequence[str],
-    ) -> None:
+        image_id: ImageId,
+        masks: Sequence[Mask],
+        phrases: Sequence[str],
+        scores: Sequence[float] | None,
+        gt_masks: Sequence[Mask],
+        gt_labels: Sequence[str],
+        caption: str | None = None,
+        gt_captions: Sequence[str] | None = None,
+        split: str | None = None,
+    ) -> dict[str, Any]:
         """
         Add the description of one image.
 
         Args:
-            pred_masks, gt_masks: bool `(H, W)`, all of one shape.
-            pred_phrases, gt_phrases: One for each mask; "" for a mask without a phrase, which matches nothing.
-            pred_scores: Confidence of each predicted mask, to rank it.
+            image_id: Another one for each image.
+            masks, gt_masks: bool `(H, W)` or COCO compressed RLE `{"size": [H, W], "counts": str}`, all of one size. No
+                prediction: no masks.
+            phrases, gt_labels: Of the masks, by index. Where there are fewer, the last masks have none; in `clean` a blank
+                one is none. Phrases beyond the masks are ignored; labels beyond the masks are missed ground truths.
+            scores: Confidence of each predicted mask, ranks it in `clean`. None: 1 for each, which `compute` marks.
+            caption: The description, with its tags or without. None: no prediction, see `CaptioningScore`.
+            gt_captions: Its references. None: captions are not scored.
+            split: "root" or "subtree" in MGSC; `compute` also gives the results of each split.
+
+        Returns:
+            The image's own numbers: `image_id`, `masks` (ground-truth masks), `predicted_masks`, and
+            - `clean`: `mIoU`, `mIoU_gt`, `mask_recall` (each 0 for 0/0), `ious` (one for each ground-truth mask, 0 without
+              pair), `pairs` (the recalled ones, `[ground truth, prediction]`);
+            - `parity`: `mIoU`, `pairs` (None where the scripts fail).
 
         Raises:
-            ValueError: numbers or shapes differ, or a score is not finite.
+            ValueError: the id was there before, a mask is broken or of another size, the scores do not fit the masks or are
+                not finite, or a caption has no reference.
         """
-        if not len(pred_masks) == len(pred_phrases) == len(pred_scores) or len(gt_masks) != len(gt_phrases):
+        name = f"image {image_id!r}"
+        if image_id in self._images:
+            raise ValueError(f"{name} was scored before: an image has one description")
+        values = np.ones(len(masks)) if scores is None else np.array(scores, dtype=np.float64)
+        if values.shape != (len(masks),) or not np.isfinite(values).all():
+            raise ValueError(f"{name}: {len(masks)} predicted masks need as many finite scores, got {scores!r:.200}")
+        if caption is not None and gt_captions is None:
+            raise ValueError(f"{name} has a caption but no reference caption to compare it with")
+        predicted = [_rle(mask, f"{name}, predicted mask {index}") for index, mask in enumerate(masks)]
+        references = [_rle(mask, f"{name}, ground-truth mask {index}") for index, mask in enumerate(gt_masks)]
+        sizes = {tuple(rle["size"]) for rle in predicted + references}
+        if len(sizes) > 1:
             raise ValueError(
-                f"{len(pred_masks)} predicted masks with {len(pred_phrases)} phrases and {len(pred_scores)} scores, "
-                f"{len(gt_masks)} ground-truth masks with {len(gt_phrases)} phrases: their numbers must agree"
+                f"{name}: the {len(predicted)} predicted and {len(references)} ground-truth masks must have one size "
+                f"(height, width), got {sorted(sizes)}"
             )
-        shapes = {mask.shape for mask in (*pred_masks, *gt_masks)}
-        if len(shapes) > 1:
-            raise ValueError(f"the masks of one image have {len(shapes)} shapes: {sorted(shapes)}")
-        if not np.isfinite(pred_scores).all():
-            raise ValueError(f"scores must be finite to rank masks, got {list(pred_scores)}")
-        predicted, references = ([_encode(mask) for mask in masks] for masks in (pred_masks, gt_masks))
-        image_id = len(self._images) + 1
-        height, width = shapes.pop() if shapes else (0, 0)
-        self._images.append({"id": image_id, "height": height, "width": width})
-        for rle, score in zip(predicted, pred_scores, strict=True):
-            self._detections.append(
-                {"image_id": image_id, "category_id": 1, "segmentation": rle, "score": float(score)}
-            )
-        for rle in references:
-            self._references.append(
-                {
-                    "id": len(self._references) + 1,  # COCOeval takes an id of 0 for "unmatched"
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "segmentation": rle,
-                    "area": int(mask_utils.area(rle)),
-                    "iscrowd": 0,
-                }
-            )
+
+        # What the order could decide (equal IoUs or scores) is decided by the content in `clean`.
+        order = sorted(range(len(predicted)), key=lambda index: (-values[index], predicted[index]["counts"]))
+        gt_order = sorted(range(len(references)), key=lambda index: references[index]["counts"])
+        areas, gt_areas = np.asarray(mask_utils.area(predicted)), np.asarray(mask_utils.area(references))
         ious = np.zeros((len(predicted), len(references)))
         if ious.size:
             ious = mask_utils.iou(predicted, references, [0] * len(references))
-        named = np.array([[same_noun(a, b) for b in gt_phrases] for a in pred_phrases], dtype=bool).reshape(ious.shape)
+        similarities = self._similarity(list(gt_labels), list(phrases))
+
+        # The originals divide the pixel counts: 0 / 0 is NaN, which pycocotools gives as 0.
+        raw = np.where((areas == 0)[:, None] & (gt_areas == 0), np.nan, ious)
+        parity_ious = [raw[pair] for pair in greedy_pairs(raw)]
+        parity_pairs = original_pairs(raw.T, similarities)
         paired = np.zeros(len(references))
-        for row, column in _greedy_pairs(ious, ious > 0):
-            paired[column] = ious[row, column]
-        self._ious += paired.tolist()
-        self._recalled += len(_greedy_pairs(ious, named & (ious >= IOU_THRESHOLD)))
+        for row, column in greedy_pairs(ious[np.ix_(order, gt_order)]):
+            paired[gt_order[column]] = ious[order[row], gt_order[column]]
+        pairs = admissible_pairs(ious.T, _of_masks(similarities, gt_labels, phrases, ious.T.shape))
+
+        lost = parity_pairs is None and self._original == "mglmm"
+        image = _Image(
+            split=split,
+            masks=len(references),
+            truths=max(len(references), len(gt_labels)),
+            predicted=len(predicted),
+            unequal=len(masks) != len(phrases),
+            unscored=scores is None and len(masks) > 0,
+            captioned=gt_captions is not None,
+            failed=parity_pairs is None,
+            parity_miou=_mean(parity_ious),
+            parity_matches=len(parity_pairs or []),
+            parity_labels=0 if lost else len(gt_labels),
+            miou=_mean(paired[paired > 0]),
+            iou_sum=float(paired.sum()),
+            matches=len(pairs),
+            detections=self._coco.match(ious, np.ones(len(predicted)), areas, gt_areas),
+            detections50=self._coco50.match(
+                ious[np.ix_(order, gt_order)], values[order], areas[order], gt_areas[gt_order]
+            ),
+        )
+        if gt_captions is not None:
+            for part in {None, split}:
+                captions = self._captions.setdefault(part, CaptioningScore(CAPTION_METRICS))
+                captions.update(image_id, caption, gt_captions)
+        self._images[image_id] = image
+        return {
+            "image_id": image_id,
+            "masks": image.masks,
+            "predicted_masks": image.predicted,
+            "clean": {
+                "mIoU": image.miou,
+                "mIoU_gt": image.iou_sum / max(image.masks, 1),
+                "mask_recall": image.matches / max(image.truths, 1),
+                "ious": paired.tolist(),
+                "pairs": pairs,
+            },
+            "parity": {"mIoU": image.parity_miou, "pairs": parity_pairs},
+        }
 
     def compute(self) -> dict[str, Any]:
         """
-        `{"mask_recall", "AP50", "mIoU_gt", "images", "masks", "predicted_masks", "text_match"}`; fractions.
+        Returns:
+            - `parity` and `clean`: the metrics of the class's description, as fractions;
+            - `images`, `masks` (ground-truth masks), `predicted_masks`, `unequal` (images whose answer has another number
+              of phrases than of masks), `original_failures` (images where the originals' recall fails): counts;
+            - `skipped`, `marked`: what could not be computed and what was computed another way, with the reason;
+            - `splits`: the same for each split, if there are any.
 
         Raises:
-            ValueError: there is no ground-truth mask.
+            ValueError: there is no ground-truth mask (in a split).
         """
-        total = len(self._references)
-        if total == 0:
-            raise ValueError(f"there is no ground-truth mask in {len(self._images)} images: nothing can be recalled")
-        return {
-            "mask_recall": self._recalled / total,
-            "AP50": self._average_precision(),
-            "mIoU_gt": sum(self._ious) / total,
-            "images": len(self._images),
-            "masks": total,
-            "predicted_masks": len(self._detections),
-            "text_match": "exact-noun",
-        }
-
-    def _average_precision(self) -> float:
-        if not self._detections:  # COCO.loadRes cannot take an empty list
-            return 0.0
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            reference = COCO()
-            reference.dataset = {
-                "images": self._images,
-                "categories": [{"id": 1}],
-                "annotations": self._references,
+        # Sorted as COCOeval sorts: numbers by value, strings by character.
+        ids = sorted(self._images, key=lambda image_id: (isinstance(image_id, str), image_id))
+        images = [self._images[image_id] for image_id in ids]
+        result = self._compute(images, None)
+        splits = sorted({image.split for image in images if image.split is not None})
+        if splits:
+            result["splits"] = {
+                split: self._compute([image for image in images if image.split == split], split) for split in splits
             }
-            reference.createIndex()
-            evaluation = COCOeval(reference, reference.loadRes(self._detections), "segm")
-            evaluation.params.iouThrs = np.array([IOU_THRESHOLD])
-            evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, np.inf]], ["all"]
-            evaluation.params.maxDets = [MAX_DETECTIONS]
-            evaluation.evaluate()
-            evaluation.accumulate()
-        return float(evaluation.eval["precision"].mean())
+        return result
+
+    def _compute(self, images: list[_Image], split: str | None) -> dict[str, Any]:
+        total = {name: sum(getattr(image, name) for image in images) for name in _SUMMED}
+        where = "" if split is None else f" of the split {split!r}"
+        if total["masks"] == 0:
+            raise ValueError(f"there is no ground-truth mask in {len(images)} images{where}: nothing can be recalled")
+        result: dict[str, Any] = {
+            "parity": {
+                **self._coco.compute([image.detections for image in images]),
+                "mIoU": _mean([image.parity_miou for image in images]),
+                "mask_recall": total["parity_matches"] / max(total["parity_labels"], 1),
+            },
+            "clean": {
+                **self._coco50.compute([image.detections50 for image in images]),
+                "mIoU": _mean([image.miou for image in images]),
+                "mIoU_gt": total["iou_sum"] / total["masks"],
+                "mask_recall": total["matches"] / total["truths"],
+            },
+            "images": len(images),
+            "masks": total["masks"],
+            "predicted_masks": total["predicted"],
+            "unequal": total["unequal"],
+            "original_failures": total["failed"],
+            "skipped": {},
+            "marked": {"text_similarity": self._similarity.name},
+        }
+        if total["unscored"]:
+            result["marked"]["AP50"] = f"the masks of {total['unscored']} images had no scores and count as 1"
+        if total["predicted"] == 0:
+            result["marked"]["parity"] = "no mask was predicted: the original scripts fail, the numbers are 0"
+        if total["captioned"] == 0:
+            result["skipped"] = dict.fromkeys(CAPTION_METRICS, "there are no reference captions")
+            return result
+        if total["captioned"] < len(images):
+            reason = f"of the {total['captioned']} among {len(images)} images that have reference captions"
+            result["marked"] |= dict.fromkeys(CAPTION_METRICS, reason)
+        captions = self._captions[split].compute()
+        for mode in ("parity", "clean"):
+            result[mode] |= {name: captions[mode][name] for name in CAPTION_METRICS if name in captions[mode]}
+        # Where a whole mode has no captions, `captions` names the mode.
+        result["skipped"] |= {f"captions ({x})" if x in result else x: why for x, why in captions["skipped"].items()}
+        result["marked"] |= captions["marked"]
+        return result
 
 
-def same_noun(first: str, second: str) -> bool:
-    """
-    Whether two phrases are the same noun: articles and quantities before it dropped, case and number folded.
+@dataclass(slots=True)
+class _Image:
+    """What is kept of an image."""
 
-    Example:
-        >>> same_noun("The red cars", "a red car"), same_noun("a person", "two people"), same_noun("a car", "a truck")
-        (True, True, False)
-    """
-    first, second = _bare(first), _bare(second)
-    if not first or not second:
-        return False
-    return not {first, Noun(first).bare(2)}.isdisjoint({second, Noun(second).bare(2)})
-
-
-def _bare(phrase: str) -> str:
-    words = phrase.casefold().strip(" \t\n.,;:!?").split()
-    while len(words) > 1 and words[0] in DETERMINERS:
-        words = words[1:]
-    return " ".join(words)
-
-
-def _encode(mask: np.ndarray) -> dict[str, Any]:
-    """Compressed RLE with its counts as bytes, as pycocotools works with it."""
-    if mask.dtype != np.bool_ or mask.ndim != 2 or mask.size == 0:
-        raise ValueError(f"expected bool masks of shape (H, W), got {mask.dtype} {mask.shape}")
-    return mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
+    split: str | None
+    masks: int
+    truths: int  # masks or labels, whichever are more
+    predicted: int
+    unequal: bool
+    unscored: bool
+    captioned: bool
+    failed: bool
+    parity_miou: float
+    parity_matches: int
+    parity_labels: int
+    miou: float
+    iou_sum: float
+    matches: int
+    detections: Detections | None
+    detections50: Detections | None
 
 
-def _greedy_pairs(ious: np.ndarray, allowed: np.ndarray) -> list[tuple[int, int]]:
-    """One-to-one (row, column) pairs among the allowed ones, the highest IoU first."""
-    rows, columns = np.nonzero(allowed)
-    pairs: list[tuple[int, int]] = []
-    used_rows: set[int] = set()
-    used_columns: set[int] = set()
-    for index in np.argsort(-ious[rows, columns], kind="stable"):
-        row, column = int(rows[index]), int(columns[index])
-        if row not in used_rows and column not in used_columns:
-            used_rows.add(row)
-            used_columns.add(column)
-            pairs.append((row, column))
-    return pairs
+_SUMMED = (
+    "masks truths predicted unequal unscored captioned failed parity_matches parity_labels iou_sum matches".split()
+)
+
+
+def _rle(mask: Mask, name: str) -> dict[str, Any]:
+    """`{"size": [H, W], "counts": str}`, safe for pycocotools, which reads beyond the end of broken counts."""
+    try:
+        if isinstance(mask, np.ndarray):
+            return encode_mask(mask)
+        height, width = check_size(mask)
+        counts = mask.get("counts")
+        if isinstance(counts, bytes):
+            counts = counts.decode("ascii", "replace")
+        check_mask({"size": [height, width], "counts": counts})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return {"size": [height, width], "counts": counts}
+
+
+def _of_masks(
+    similarities: np.ndarray, labels: Sequence[str], phrases: Sequence[str], shape: tuple[int, ...]
+) -> np.ndarray:
+    """Similarities `(ground-truth masks, predicted masks)`, 0 where a mask has no label or phrase, or a blank one."""
+    named = np.outer([bool(text.strip()) for text in labels], [bool(text.strip()) for text in phrases])
+    result = np.zeros(shape)
+    rows, columns = min(shape[0], len(labels)), min(shape[1], len(phrases))
+    result[:rows, :columns] = np.where(named, similarities, 0)[:rows, :columns]
+    return result
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else 0.0
+
+
+class SegCapMetric(evaluate.Metric):
+    """`SegCapScore` for `evaluate`: a row is an image, its masks COCO RLE."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        strings = datasets.List(datasets.Value("string"))
+        return evaluate.MetricInfo(
+            description=SegCapScore.__doc__,
+            citation="",
+            inputs_description="""
+    predictions, references: For each image the predicted and the ground-truth masks as COCO RLE.
+    phrases, labels: For each image the phrases of the predicted and the labels of the ground-truth masks, by index.
+    scores: For each image the confidence of each predicted mask; [] if there is none.
+    captions, reference_captions: For each image the description and its references; [] if captions are not scored.
+    image_ids: For each image its id.
+    splits: For each image "root" or "subtree"; "" if there are no splits.
+    original: See `SegCapScore`.
+    text_similarity: "exact", "exact-noun", or the name or folder of a text encoder.
+    device: Where the text encoder runs.
+""",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.List(MASK_FEATURE),
+                    "references": datasets.List(MASK_FEATURE),
+                    "phrases": strings,
+                    "labels": strings,
+                    "scores": datasets.List(datasets.Value("float64")),
+                    "captions": datasets.Value("string"),
+                    "reference_captions": strings,
+                    "image_ids": datasets.Value("string"),
+                    "splits": datasets.Value("string"),
+                }
+            ),
+        )
+
+    def _compute(
+        self,
+        predictions: Sequence[Sequence[Mask]],
+        references: Sequence[Sequence[Mask]],
+        phrases: Sequence[Sequence[str]],
+        labels: Sequence[Sequence[str]],
+        scores: Sequence[Sequence[float]],
+        captions: Sequence[str],
+        reference_captions: Sequence[Sequence[str]],
+        image_ids: Sequence[str],
+        splits: Sequence[str],
+        original: Literal["mglmm", "glamm"] = "mglmm",
+        text_similarity: str = DEFAULT_ENCODER,
+        device: str = "cpu",
+    ) -> dict[str, Any]:
+        score = SegCapScore(load_text_similarity(text_similarity, device), original)
+        for row in range(len(predictions)):
+            score.update(
+                image_ids[row],
+                predictions[row],
+                phrases[row],
+                scores[row] or None,
+                references[row],
+                labels[row],
+                captions[row] if reference_captions[row] else None,  # "" is an empty caption, None is no prediction
+                reference_captions[row] or None,
+                splits[row] or None,
+            )
+        return score.compute()

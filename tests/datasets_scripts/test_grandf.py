@@ -83,7 +83,9 @@ REFCOCOG_IMAGE = "coco/train2014/COCO_train2014_000000000009.jpg"
 def test_a_human_annotated_caption(write_family: Callable[..., UscdfBuilder]) -> None:
     groundings = {"his dog": grounding(25, 32, DOG), "A man in a red hat": grounding(0, 18, MAN, HAT)}
     builder = write_family(GrandfHuman, {HA: [human(CAPTION, groundings)]}, HA_IMAGE, variants=2)
-    assert builder.split_items() == {"train": [("train", 0)]}  # this part has no validation split
+    assert builder.split_items() == {"train": [("train", 0)]}
+    assert builder.skipped == {f"split {x} without annotations or images": 1 for x in ("validation", "test")}
+    builder.skipped.clear()
     first, second = builder.usable_rows(("train", 0))
     assert first == {
         "image": str(builder.data_dir / HA_IMAGE),

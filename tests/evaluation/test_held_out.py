@@ -1,16 +1,20 @@
-"""The held-out evaluation: scores worked out by hand, and the whole of it with a tiny random model."""
+"""The benchmark of held-out photographs: scores worked out by hand."""
 
-import json
-from collections import Counter
-
-import datasets
 import numpy as np
 import pytest
 
-from mglmm.evaluation import held_out
-from mglmm.evaluation.held_out import choose_rows, evaluate, score, to_markdown
+from mglmm.evaluation.benchmarks import BENCHMARKS, plan
+from mglmm.evaluation.held_out import PhotosScorer, table
 from mglmm.processing import SegCap, Segment
 from tests.evaluation.conftest import CARS, FASHION, SCENES, SIZES, columns
+
+
+def score(rows, predictions: dict[int, dict], numbers) -> dict[str, dict]:
+    scorer, texts = PhotosScorer(), rows.remove_columns("image")
+    questions = plan(BENCHMARKS["photos"], rows)
+    for number in numbers:
+        scorer.update(questions[number], [texts[number]], predictions[number])
+    return scorer.compute().clean
 
 
 def prediction(rows, index: int, *segments: tuple[str, float, int, int], well_formed: bool = True) -> dict:
@@ -93,105 +97,33 @@ def test_a_wrong_extra_mask_never_helps(rows, predictions) -> None:
     assert after["panoptic"]["AP50"] == before["panoptic"]["AP50"]  # a false positive below all true ones
 
 
-def test_predictions_that_do_not_fit_are_refused(rows, predictions) -> None:
-    with pytest.raises(ValueError, match="2 of 10 rows have no prediction, the first is row 4"):
-        score(rows, {row: predictions[row] for row in predictions if row not in (4, 9)}, range(10))
-    moved = predictions | {0: predictions[4]}
-    with pytest.raises(ValueError, match="row 0 has the image_id '1' but its prediction '2'"):
-        score(rows, moved, range(10))
+def test_masks_of_another_picture_are_refused(rows, predictions) -> None:
     small = SegCap("", "", [Segment("x", None, np.ones((4, 4), bool), 0.5)], (4, 4)).to_dict()
-    with pytest.raises(ValueError, match=r"\(40, 60\) belongs to another picture than one of \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"masks of the sizes \[\(4, 4\), \(40, 60\)\] in a picture of \(4, 4\)"):
         score(rows, predictions | {0: predictions[0] | small}, range(10))
 
 
-def many_rows() -> datasets.Dataset:
-    sizes = {("a", "object"): 100, ("a", "part"): 50, ("b", "object"): 30, ("b", "fine"): 1}
-    pairs = [pair for pair, count in sizes.items() for _ in range(count)]
-    return datasets.Dataset.from_dict({"source": [a for a, _ in pairs], "task": [b for _, b in pairs]})
+def test_a_question_that_failed_is_a_present_target_refused(rows, predictions) -> None:
+    nothing = SegCap("", "", [], (1, 1)).to_dict()
+    failed = predictions[0] | nothing | {"error": "unreadable", "well_formed": False}
+    groups = score(rows, predictions | {0: failed}, range(10))
+    assert groups["fashion+cars"]["object"]["gIoU"] == pytest.approx(0.25)
+    assert groups["fashion+cars"]["false_refusals"] == pytest.approx(1 / 2)
 
 
-def test_a_subset_is_spread_over_sources_and_tasks() -> None:
-    data = many_rows()
-    chosen = choose_rows(data, 18)
-    assert len(set(chosen)) == 18 and chosen == sorted(chosen)
-    counts = Counter((data[row]["source"], data[row]["task"]) for row in chosen)
-    assert counts[("b", "fine")] == 1  # the rare kind is there
-    assert [counts[kind] for kind in (("a", "object"), ("a", "part"), ("b", "object"))] == [9, 5, 3]
-    assert choose_rows(data, 18) == chosen
-    assert choose_rows(data, 18, seed=1) != chosen
-    assert set(chosen) < set(choose_rows(data, 60))
-    assert choose_rows(data, 1000) == choose_rows(data) == list(range(181))
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        choose_rows(data, 0)
+def test_samples_for_the_report(rows, predictions) -> None:
+    scorer, texts = PhotosScorer(), rows.remove_columns("image")
+    questions = plan(BENCHMARKS["photos"], rows)
+    samples = [scorer.update(questions[row], [texts[row]], predictions[row]) for row in range(10)]
+    assert [sample.value for sample in samples] == [1.0, 0.0, None, 1.0, 0.5, 0.5, None, None, 0.0, 1.0]
+    assert samples[9].phrases == (("the sky", True), ("two dogs", False))
+    assert (samples[4].phrases, samples[1].phrases) == ((("the car", True),), (("hat", False),))
 
 
-@pytest.fixture
-def checkpoint(tiny, tmp_path, monkeypatch):
-    """A folder with the tiny model; short answers and a private cache for the test's speed."""
-    monkeypatch.setattr(held_out, "MAX_NEW_TOKENS", dict.fromkeys(held_out.MAX_NEW_TOKENS, 5))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "checkpoint"
-    tiny.model.save_pretrained(folder)
-    tiny.processor.save_pretrained(folder)
-    return folder
-
-
-def test_from_a_folder_to_results(checkpoint, data_folder, tmp_path) -> None:
-    output = tmp_path / "out"
-    first = evaluate(checkpoint, data_folder, output=output, limit=4, batch_size=2)
-    assert (first["rows"], first["rows_answered"]) == (4, 4)
-    results = evaluate(checkpoint, data_folder, output=output, batch_size=4)
-    assert (results["rows"], results["rows_answered"]) == (10, 6)  # the four of the subset are there
-    assert json.loads((output / "results.json").read_text()) == results
-    assert sorted(path.name for path in output.iterdir()) == ["predictions.jsonl", "results.json", "settings.json"]
-    assert [group["rows"] for group in results["groups"].values()] == [8, 10, 2, 4, 4]
-    assert results["settings"]["max_new_tokens"]["fine"] == 5
-    assert results["versions"]["torch"].startswith("2.")
-
-    (checkpoint / "README.md").write_text("A changed model card changes nothing.")
-    assert evaluate(checkpoint, data_folder, output=output)["rows_answered"] == 0
-    with pytest.raises(ValueError, match="holds predictions made with another dtype: choose another output folder"):
-        evaluate(checkpoint, data_folder, output=output, dtype="bfloat16")
-    with open(checkpoint / "model.safetensors", "ab") as file:
-        file.write(b"\0")
-    with pytest.raises(ValueError, match="made with another checkpoint_sha256"):
-        evaluate(checkpoint, data_folder, output=output)
-
-
-def test_nothing_is_kept_without_an_output_folder(checkpoint, data_folder, tmp_path) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    assert evaluate(checkpoint, data_folder, limit=3)["rows"] == 3
-    assert not [
-        path for path in set(tmp_path.rglob("*")) - set(before) if tmp_path / "cache" not in (path, *path.parents)
-    ]
-
-
-def test_the_table_holds_every_group_and_escapes_names(rows, predictions) -> None:
-    groups = score(rows, predictions, range(10))
-    groups["<b>x|y\n"] = groups.pop(SCENES)
-    results = {
-        "groups": groups,
-        "mode": "clean",
-        "settings": {
-            "split": "validation",
-            "checkpoint_sha256": "0123456789abcdef",
-            "dtype": "float32",
-            "max_new_tokens": {"object": 48},
-        },
-        "limit": None,
-        "seed": 0,
-        "rows": 10,
-        "rows_answered": 10,
-        "seconds": 12.3,
-        "device": "cpu (x86_64)",
-        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-    }
-    lines = to_markdown(results).splitlines()
-    assert lines[0] == f"|  | fashion+cars | all | {CARS} | {FASHION} | &lt;b&gt;x\\|y |"
-    assert "| object gIoU | 0.750 | 0.500 | 0.500 | 1.000 | 0.000 |" in lines
-    assert "| part gIoU | 0.250 | 0.250 | 0.500 | 0.000 | – |" in lines
-    assert "| absent targets refused | 66.7% | 66.7% | 50.0% | 100.0% | – |" in lines
-    assert "| panoptic mask recall (exact noun) | – | 0.500 | – | – | 0.500 |" in lines
-    assert lines[-1].startswith(
-        "10 rows of the split validation, mode clean, checkpoint `0123456789ab`, float32, greedy"
-    )
+def test_the_table_holds_every_group(rows, predictions) -> None:
+    lines = [" | ".join(cells) for cells in table(score(rows, predictions, range(10)))]
+    assert lines[0] == f" | fashion+cars | all | {SCENES} | {CARS} | {FASHION}"
+    assert "object gIoU | 0.750 | 0.500 | 0.000 | 0.500 | 1.000" in lines
+    assert "part gIoU | 0.250 | 0.250 | – | 0.500 | 0.000" in lines
+    assert "absent targets refused | 66.7% | 66.7% | – | 50.0% | 100.0%" in lines
+    assert "panoptic mask recall (exact noun) | – | 0.500 | 0.500 | – | –" in lines
