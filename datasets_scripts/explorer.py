@@ -18,7 +18,7 @@ from PIL import Image
 
 from mglmm.processing.images import load_image
 from mglmm.processing.rle import decode_mask
-from mglmm.processing.segcap_html import render_html, resize_mask
+from mglmm.processing.segcap_html import HTML_HEAD, render_html, resize_mask
 from mglmm.processing.segcap_plot import display_size, printable
 from mglmm.processing.segment import Segment
 from mglmm.processing.uscdf import (
@@ -35,14 +35,9 @@ LONG_SIDE = 512  # of the pictures, in pixels
 MAX_PAGE_BYTES = 12 * 2**20
 NO_PHRASE = "mask without phrase"
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}
+_PAGE = (
+    HTML_HEAD
+    + """{style}
 header, article {{ max-width: 72rem; margin: 0 auto; padding: 1.25rem 1.5rem; box-sizing: border-box; }}
 header h1 {{ font-size: 1.4rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }}
 header p {{ margin: .25rem 0; }}
@@ -84,6 +79,7 @@ article .caption {{ grid-column: 2; grid-row: 1; font-size: 1rem; line-height: 1
 </body>
 </html>
 """
+)
 
 
 @dataclass(frozen=True)

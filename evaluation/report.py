@@ -18,7 +18,7 @@ from mglmm.evaluation import held_out
 from mglmm.evaluation.benchmarks import BENCHMARKS, ground_truth
 from mglmm.evaluation.predictions import Predictions, Question, load_picture
 from mglmm.processing.rle import decode_mask
-from mglmm.processing.segcap_html import resize_mask
+from mglmm.processing.segcap_html import HTML_HEAD, resize_mask
 from mglmm.processing.segcap_plot import display_size, ink_color, printable, segment_color
 
 SHOWN = 4  # samples of each kind
@@ -27,14 +27,9 @@ MOST_PHRASES = 40  # of the table
 BINS = 10
 _TEXT = 600  # characters of an answer that are shown
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
+_PAGE = (
+    HTML_HEAD
+    + """
 :root {{ color-scheme: light dark; --ink: #1c1f26; --grey: #6b7280; --paper: #fff; --line: #e5e7eb; --bar: #2e8bff; }}
 body {{ margin: 0 auto; max-width: 68rem; padding: 1.5rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }}
@@ -80,6 +75,7 @@ pre {{ font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
 </body>
 </html>
 """
+)
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:

@@ -40,6 +40,8 @@ from .modeling_mglmm.weight_layouts import (
     check_known,
     find_layout,
     mglmm_config,
+    read_sam_config,
+    sees_regions,
     today_name,
 )
 from .processing import MglmmProcessor
@@ -120,6 +122,7 @@ def import_weights(
         parts["SAM"] = _load_sam(sam)
     elif sam is not None:
         raise ValueError(f"a {layout.name} checkpoint holds its own SAM: leave --sam out")
+    sam_config: Any = parts["SAM"].config if "SAM" in parts else read_sam_config(layout, named)
     embeddings = "model.language_model.embed_tokens.weight" if layout is LLAVA_HF else "model.embed_tokens.weight"
     if embeddings not in named:
         raise ValueError(f"{files} holds no {embeddings}: it is no whole language model")
@@ -134,7 +137,15 @@ def import_weights(
                 "are not of one checkpoint"
             )
     processor = _processor(
-        layout, tokenizer, image_processor, vision, original, template, add_phrase_tags, named, parts
+        layout,
+        tokenizer,
+        image_processor,
+        vision,
+        original,
+        template,
+        add_phrase_tags,
+        sees_regions(layout, original, named),
+        sam_config.vision_config.image_size,
     )
     # Vocabulary rows without an original: `<image>`, and for LLaVA the tags and what its matrix has been padded with.
     known_size = rows if layout.sam_prefix else min(rows, old_size)
@@ -144,7 +155,7 @@ def import_weights(
         original,
         named,
         vision,
-        parts["SAM"].config if "SAM" in parts else None,
+        sam_config,
         vocab_size=vocab_size,
         image_token_id=processor.image_token_id,
         seg_token_id=processor.seg_token_id,
@@ -279,21 +290,19 @@ def _processor(
     original: dict[str, Any],
     template: str,
     add_phrase_tags: bool,
-    named: dict[str, Any],
-    parts: dict[str, PreTrainedModel],
+    has_regions: bool,
+    sam_image_size: int,
 ) -> MglmmProcessor:
     templates = {LISA: LISA_LLAMA_2 if template == "llama_2" else LISA_V1, GLAMM: GLAMM_V1, MGLMM: GLAMM_V1}
     if template == "llama_2" and layout is not LISA:
         raise ValueError(f"only LISA was trained with llava_llama_2 conversations, not {layout.name}")
-    has_regions = layout is GLAMM and any(name.startswith("model.region_encoder.") for name in named)
     whole = original.get("mm_vision_select_feature") == "cls_patch" or (
         layout is LLAVA_HF and original.get("vision_feature_select_strategy") == "full"
     )
-    side = parts["SAM"].config.vision_config.image_size if "SAM" in parts else _sam_side(layout, named)
     return MglmmProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        sam_image_size=side,
+        sam_image_size=sam_image_size,
         patch_size=vision.patch_size,
         num_prefix_tokens=int(whole),
         chat_template=templates.get(layout, LLAVA_V1),
@@ -303,11 +312,6 @@ def _processor(
         region_token="<bbox>" if has_regions else None,
         region_box_frame="picture" if has_regions else "tower",
     )
-
-
-def _sam_side(layout: Layout, named: dict[str, Any]) -> int:
-    grid = named[f"{layout.sam_prefix}image_encoder.pos_embed"].shape[1]
-    return grid * named[f"{layout.sam_prefix}image_encoder.patch_embed.proj.weight"].shape[-1]
 
 
 def _unfinished(output: Path, files: Path, tensors: dict[str, Any], settings: list[Any]) -> Path:

@@ -163,11 +163,7 @@ def convert_sam_state_dict(
         for name, original in originals.items()
         if original in tensors and tensors[original].shape != expected[name].shape
     }
-    problems = [
-        f"{len(names)} {kind} ({_enumerate(names)})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", mismatched))
-        if names
-    ]
+    problems = list_problems(missing, unexpected, mismatched)
     if problems:
         raise ValueError(
             f"not a SAM in segment-anything's layout: of {len(set(originals.values()))} tensors, "
@@ -288,6 +284,12 @@ def _describe(state_dict: Mapping[str, Any], prefix: str, vision: SamVisionConfi
             f"{vision.hidden_size} and images of {vision.image_size} px."
         )
     return f"It has {len(state_dict)} entries: {_enumerate(state_dict)}."
+
+
+def list_problems(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str]) -> list[str]:
+    """What is wrong with the tensors of a file, counted, the first of each kind by name; empty if nothing is."""
+    kinds = {"missing": list(missing), "unexpected": list(unexpected), "of the wrong shape": list(mismatched)}
+    return [f"{len(names)} {kind} ({_enumerate(names)})" for kind, names in kinds.items() if names]
 
 
 def _enumerate(names: Iterable[str], limit: int = 5) -> str:

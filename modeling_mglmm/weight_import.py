@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .configuration_mglmm import MglmmConfig
 from .modeling_mglmm import MglmmForConditionalGeneration
+from .sam_checkpoint import list_problems
 from .weight_files import TensorInfo, open_tensors
 from .weight_layouts import COMPUTED, LORA, SAM_PARTS, Layout, original_name, reason_to_drop, today_name
 
@@ -99,16 +101,20 @@ class WeightImport:
     ):
         with torch.device("meta"):
             self.model = MglmmForConditionalGeneration(config)
-        self.layout, self.config, self.parts, self.dtype, self.lora_scale = layout, config, parts, dtype, lora_scale
+        self.layout, self.config, self.dtype, self.lora_scale = layout, config, dtype, lora_scale
+        self.parts = {name: part.state_dict() for name, part in parts.items()}
         self.new_rows = sorted(new_rows)
         self.report = ImportReport()
         self.lora: dict[str, dict[str, str]] = {}
         self.names: dict[str, str] = {}  # plain name -> name in the file
+        self.repeated: list[str] = []  # names in the file whose plain names others have, too
         for name in tensors:
             adapter = LORA.search(name)
             if adapter:
                 weight = today_name(LORA.sub(".weight", name), layout)
                 self.lora.setdefault(weight, {})[adapter[1]] = name
+            elif today_name(name, layout) in self.names:
+                self.repeated.append(name)
             else:
                 self.names[today_name(name, layout)] = name
         self.tensors = tensors
@@ -145,7 +151,7 @@ class WeightImport:
             if shape != expected.shape:
                 mismatched.append(f"{original or name} {tuple(shape)} instead of {tuple(expected.shape)}")
             steps.append(Step(name, expected.shape, self._dtype(name, stored), origin, source))
-        unexpected = []
+        unexpected = list(self.repeated)
         for name in self.names.keys() - used:
             reason = reason_to_drop(name, layout) or ("named by --allow-missing" if allowed(name) else None)
             if reason is None:
@@ -154,11 +160,7 @@ class WeightImport:
                 self.report.dropped[self.names[name]] = reason
         for weight, halves in self.lora.items():
             unexpected += [] if weight in used and len(halves) == 2 else list(halves.values())
-        problems = [
-            f"{len(names)} {kind} ({', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''})"
-            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", mismatched))
-            if names
-        ]
+        problems = list_problems(missing, unexpected, mismatched)
         if problems:
             raise ValueError(
                 f"not a {layout.name} checkpoint as its config.json says: of {len(self.tensors)} tensors, "
@@ -186,7 +188,7 @@ class WeightImport:
         for prefix, (part, theirs) in places.items():
             if name.startswith(prefix) and part in self.parts:
                 source = theirs + name.removeprefix(prefix)
-                tensor = self.parts[part].state_dict().get(source)
+                tensor = self.parts[part].get(source)
                 return None if tensor is None else (part, source, tensor)
         return None
 
@@ -196,6 +198,12 @@ class WeightImport:
         return self.dtype or stored
 
     # ------------------------------------------------------------------ writing
+
+    @cached_property
+    def lora_values(self) -> dict[str, torch.Tensor]:
+        """All halves of the LoRA: small, and in other files than the weights they belong to."""
+        names = [name for halves in self.lora.values() for name in halves.values()]
+        return {name: tensor.clone() for name, tensor in self._read(names).items()}
 
     def write(self, folder: Path, max_shard_size: int = 10**9) -> None:
         """
@@ -226,7 +234,7 @@ class WeightImport:
     def buffers(self) -> dict[str, torch.Tensor]:
         """What the checkpoint holds though it is no weight (rotary frequencies), by original names: for exporting."""
         names = [name for name, reason in self.report.dropped.items() if reason == COMPUTED]
-        return {name: self._read(name).clone() for name in names}
+        return {name: tensor.clone() for name, tensor in self._read(names).items()}
 
     def _shards(self, limit: int) -> Iterator[list[Step]]:
         """Steps by output file: of one origin each, so that only one weight file is mapped at a time."""
@@ -245,7 +253,7 @@ class WeightImport:
             fresh = self._fresh([step.name for step in steps])
             yield from ((step.name, fresh[step.name].to(step.dtype)) for step in steps)
         elif isinstance(origin, str):
-            state = self.parts[origin].state_dict()
+            state = self.parts[origin]
             yield from ((step.name, state[step.source].to(step.dtype).contiguous()) for step in steps)
         else:
             get = stack.enter_context(open_tensors(origin))
@@ -255,7 +263,7 @@ class WeightImport:
     def _converted(self, step: Step, tensor: torch.Tensor) -> torch.Tensor:
         halves = self.lora.get(today_name(step.source, self.layout))
         if halves is not None:
-            a, b = (self._read(halves[half]).float() for half in "AB")
+            a, b = (self.lora_values[halves[half]].float() for half in "AB")
             tensor = (tensor.float() + self.lora_scale * (b @ a)).to(tensor.dtype)
         if step.name in VOCABULARY and self.new_rows:
             rows = torch.zeros(step.shape, dtype=step.dtype)
@@ -269,9 +277,13 @@ class WeightImport:
             return rows
         return tensor.to(step.dtype).contiguous()
 
-    def _read(self, name: str) -> torch.Tensor:
-        with open_tensors(self.tensors[name].file) as get:
-            return get(name)
+    def _read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Some small tensors, each of their files opened once."""
+        values: dict[str, torch.Tensor] = {}
+        for file in {self.tensors[name].file for name in names}:
+            with open_tensors(file) as get:
+                values |= {name: get(name) for name in names if self.tensors[name].file == file}
+        return values
 
     def _fresh(self, names: list[str]) -> dict[str, torch.Tensor]:
         """New tensors as the model initialises them, always the same ones."""

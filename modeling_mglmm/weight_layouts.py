@@ -160,12 +160,24 @@ def check_known(
         raise ValueError(f"this is almost {layout.name}, but not quite: {'; '.join(differences)}.{older}")
 
 
+def read_sam_config(layout: Layout, tensors: Mapping[str, TensorInfo]) -> SamConfig:
+    """Configuration of the SAM in a checkpoint; raises `ValueError` if that is incomplete or damaged."""
+    on_meta = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
+    return convert_sam_state_dict(on_meta, layout.sam_prefix)[0]
+
+
+def sees_regions(layout: Layout, original: Mapping[str, Any], tensors: Iterable[str]) -> bool:
+    """Whether a checkpoint has a region encoder, or says so and has lost it."""
+    present = any(name.startswith("model.region_encoder.") for name in tensors)
+    return layout is GLAMM and bool(present or original.get("with_region"))
+
+
 def mglmm_config(
     layout: Layout,
     original: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
     vision: PreTrainedConfig,
-    sam: SamConfig | None = None,
+    sam: SamConfig,
     *,
     vocab_size: int,
     **fields: Any,
@@ -177,12 +189,9 @@ def mglmm_config(
         original: `config.json` of the checkpoint.
         tensors: All its tensors, by plain names.
         vision: Configuration of the vision tower.
-        sam: Configuration of a SAM that is not in the checkpoint.
+        sam: Configuration of SAM.
         vocab_size: Rows of the embedding matrix to come.
         fields: `image_token_id`, `seg_token_id` and, with a region encoder, `region_token_id`.
-
-    Raises:
-        ValueError: the SAM in the checkpoint is incomplete or damaged.
     """
     if layout is LLAVA_HF:
         llava = LlavaConfig(**original)
@@ -197,14 +206,12 @@ def mglmm_config(
         whole = original.get("mm_vision_select_feature") == "cls_patch"
         fields["vision_feature_select_strategy"] = "full" if whole else "default"
         fields["projector_hidden_act"] = None if "model.mm_projector.weight" in tensors else "gelu"
-    if sam is None:
-        on_meta = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
-        sam = convert_sam_state_dict(on_meta, layout.sam_prefix)[0]
-    if layout is GLAMM and any(name.startswith("model.region_encoder.") for name in tensors):
+    if sees_regions(layout, original, tensors):
         # Every third hidden state from the one that the language model sees downwards, the last four, shallow first.
         states = range(vision.num_hidden_layers + 1)
         fields["region_feature_layers"] = list(reversed(states[-2::-3][:4]))
-        fields["region_hidden_size"] = tensors["model.region_encoder.roi_align.updims.weight"].shape[1]
+        updims = tensors.get("model.region_encoder.roi_align.updims.weight")
+        fields["region_hidden_size"] = 1024 if updims is None else updims.shape[1]
         # The original scales boxes to 224 pixels for a tower that sees 336; the weights have learnt to live with it.
         fields["region_scale"] = 224
     return MglmmConfig(vision_config=vision, text_config=text | {"vocab_size": vocab_size}, sam_config=sam, **fields)

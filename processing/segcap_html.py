@@ -15,15 +15,19 @@ from .segment import Segment
 
 _PICTURE = 1600  # pictures with a longer side are reduced to this, together with their masks
 
-# The styles alone do the lighting, through :has(), so the page needs no script and its policy can forbid all of them.
-_PAGE = """<!DOCTYPE html>
+# Of every page this package writes; its policy lets nothing be loaded and no script run. `{title}` is to be escaped.
+HTML_HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>
+<style>"""
+# The styles alone do the lighting, through :has(), so the page needs no script and its policy can forbid all of them.
+_PAGE = (
+    HTML_HEAD
+    + """
 :root {{ color-scheme: light dark; --ink: #1c1f26; --grey: #6b7280; --paper: #fff; --line: #e5e7eb; }}
 body {{ margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }}
@@ -75,6 +79,7 @@ main:has([data-s]:is(:hover, :focus-visible)) path {{ fill-opacity: .04; stroke-
 </body>
 </html>
 """
+)
 
 
 def render_html(image: Image.Image, caption: str, segments: Sequence[Segment]) -> str:

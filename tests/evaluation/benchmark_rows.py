@@ -8,8 +8,8 @@ import datasets
 
 from mglmm.datasets_scripts.features import FEATURES
 from mglmm.processing.rle import encode_mask
+from tests.evaluation import conftest
 from tests.evaluation.conftest import columns
-from tests.tiny import picture
 
 SIZES = {"1": (40, 60), "2": (50, 30)}  # height, width
 CONFIGS = {"photos": "benchmark", "coco_panoptic": "benchmark", "ade20k": "benchmark"}
@@ -18,20 +18,7 @@ Span = tuple[int, int]
 
 
 def row(image_id: str, task: str, question: str, answer: str, *spans: Span, source: str = "s", **more) -> dict:
-    size = SIZES[image_id]
-    return {
-        "image": picture(*size, seed=int(image_id)),
-        "image_id": image_id,
-        "source": source,
-        "task": task,
-        "messages": [
-            {"role": "user", "content": f"<image>\n{question}"},
-            {"role": "assistant", "content": answer},
-        ],
-        "masks": [encode_mask(columns(size, *span)) for span in spans],
-        "regions": [],
-        "ignore_mask": None,
-    } | more
+    return conftest.row(source, image_id, task, question, answer, *spans) | more
 
 
 def found(phrase: str) -> str:

@@ -22,21 +22,22 @@ from tests.tiny import CLIP, LLAMA, Tiny, picture, tiny_processor
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
 
+def copied(name: str, shared: Path, folder: Path) -> Path:
+    """A checkpoint to be changed, with its vision tower beside it."""
+    shutil.copytree(shared / "golden" / name / "ckpt", folder / name)
+    shutil.copytree(shared / "golden" / name / "openai", folder / "openai")
+    make_writable(folder)
+    return folder / name
+
+
 @pytest.fixture
 def lisa(shared_dir: Path, tmp_path: Path) -> Path:
-    """A LISA checkpoint to be changed, with its vision tower beside it."""
-    shutil.copytree(shared_dir / "golden" / "lisa" / "ckpt", tmp_path / "lisa")
-    shutil.copytree(shared_dir / "golden" / "lisa" / "openai", tmp_path / "openai")
-    make_writable(tmp_path)
-    return tmp_path / "lisa"
+    return copied("lisa", shared_dir, tmp_path)
 
 
 @pytest.fixture
 def glamm(shared_dir: Path, tmp_path: Path) -> Path:
-    shutil.copytree(shared_dir / "golden" / "glamm" / "ckpt", tmp_path / "glamm")
-    shutil.copytree(shared_dir / "golden" / "glamm" / "openai", tmp_path / "openai")
-    make_writable(tmp_path)
-    return tmp_path / "glamm"
+    return copied("glamm", shared_dir, tmp_path)
 
 
 def make_writable(folder: Path) -> None:
@@ -96,6 +97,8 @@ def add_region(state: dict[str, torch.Tensor]) -> None:
             rename,
             r"1 missing \(model\.layers\.0\.self_attn\.q_proj\.weight\); 1 unexpected \(model\.layers\.0\.self_attn\.que",
         ),
+        # one tensor under two names, with and without PEFT's prefix
+        (lambda state: state.update({f"base_model.model.{NORM}": state[NORM]}), "1 unexpected"),
         # half of a LoRA
         (
             lambda state: state.update({"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(8, 64)}),
@@ -103,7 +106,8 @@ def add_region(state: dict[str, torch.Tensor]) -> None:
         ),
         # something that LISA does not have
         (add_region, r"1 unexpected \(model\.region_encoder"),
-        # SAM is incomplete
+        # SAM is incomplete, also where its size stands
+        (lambda state: state.pop("model.visual_model.image_encoder.pos_embed"), "image_encoder.pos_embed is missing"),
         (lambda state: state.pop("model.visual_model.mask_decoder.iou_token.weight"), "iou_token.weight is missing"),
         # no language model at all
         (lambda state: state.pop("model.embed_tokens.weight"), "holds no model.embed_tokens.weight"),
@@ -133,6 +137,21 @@ def test_changed_tensors_are_refused(lisa: Path, edit: Edit, message: str) -> No
 def test_almost_glamm_is_refused(glamm: Path, changes: dict, message: str) -> None:
     edit_config(glamm, **changes)
     with pytest.raises(ValueError, match=message):
+        import_weights(glamm, glamm.parent / "out")
+
+
+@pytest.mark.parametrize("kept", [False, True])  # the last tensor of the region encoder is lost, or all but that one
+def test_lost_region_encoder_is_refused(glamm: Path, kept: bool) -> None:
+    last = "model.region_encoder.roi_align.updims.weight"
+    lost = set()
+    for file in glamm.glob("*.bin"):
+        state = torch.load(file, weights_only=True)
+        lost |= {name for name in state if "region_encoder" in name and (name == last) != kept}
+        torch.save({name: tensor for name, tensor in state.items() if name not in lost}, file)
+    index = json.loads((glamm / "pytorch_model.bin.index.json").read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in lost}
+    (glamm / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{len(lost)} missing"):
         import_weights(glamm, glamm.parent / "out")
 
 
