@@ -39,6 +39,7 @@ bench: $(READY) ## measure the speed and memory of inference, of a training step
 	@$(BIN)/python benchmarks/train_step.py
 	@$(BIN)/python benchmarks/prepare.py
 	@$(BIN)/python benchmarks/scoring.py
+	@$(BIN)/python benchmarks/mask_tree.py
 
 clean: ## remove builds, caches and out/ (the set-up itself: rm -r .venv)
 	@rm -rf build dist *.egg-info out .types .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -29,6 +29,9 @@ EXTRAS = {
     "import": ["protobuf>=5", "sentencepiece>=0.2"],
     # captions: scorers and the Java programs of COCO
     "eval": ["pycocoevalcap>=1.2"],
+    # annotating pictures by a server, and on more machines than one
+    "annotate": ["openai>=3.50"],
+    "ray": ["ray[data]>=2.60"],
     # parity of imported weights with Meta's own implementation
     "segment-anything": ["segment-anything>=1.0", "torchvision>=0.28"],
     "demo": ["scikit-image>=0.26"],
@@ -36,8 +39,10 @@ EXTRAS = {
         "build>=1.3",
         "hypothesis>=6.150",
         "mypy>=2.0",
+        "openai>=3.50",
         "packaging>=25",
         "pytest>=9",
+        "ray[data]>=2.60",
         "ruff>=0.15",
         "segment-anything>=1.0",
         "scikit-image>=0.26",

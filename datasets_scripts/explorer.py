@@ -11,7 +11,7 @@ import html
 import random
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -132,7 +132,7 @@ def render_explorer(samples: Iterable[Sample], title: str, summary: str = "") ->
     articles: list[str] = []
     tasks: list[str] = []
     size = total = 0
-    style, most = _cut(render_html(Image.new("RGB", (1, 1)), "", []), "style"), 0
+    style, most = embed(Image.new("RGB", (1, 1)), "", []).style, 0
     for sample in samples:
         total += 1
         task = str(sample.row["task"])
@@ -147,49 +147,77 @@ def render_explorer(samples: Iterable[Sample], title: str, summary: str = "") ->
             tasks.append(task)
     tabs = ["all", *tasks]
     return _PAGE.format(
-        title=_escape(title),
+        title=escape(title),
         style=style,
-        count=_escape(
+        count=escape(
             f"{len(articles)} sampled rows"
             + (f", {total - len(articles)} more were too large for this page" if total > len(articles) else "")
             + ". Point at a phrase or at a mask."
         ),
-        verdict=_escape((summary.splitlines() or [""])[-1]),
-        summary=_escape(summary),
+        verdict=escape((summary.splitlines() or [""])[-1]),
+        summary=escape(summary),
         filters="\n".join(
             f'body:has(#task{number}:checked) article:not([data-task="{number}"]) {{ display: none; }}'
             for number in range(len(tasks))
         ),
         tabs="".join(
             f'<label><input type="radio" name="task" id="task{number - 1 if number else "s"}"'
-            f"{'' if number else ' checked'}>{_escape(name)}</label>"
+            f"{'' if number else ' checked'}>{escape(name)}</label>"
             for number, name in enumerate(tabs)
         ),
         articles="\n".join(articles),
     )
 
 
+class Embedded(NamedTuple):
+    """
+    What a page of several answers needs of one.
+
+    Args:
+        body: HTML of its `<main>`.
+        style: Styles that serve every body with as many masks or fewer.
+        masks: Number of its masks.
+        ratio: Width of the picture over its height.
+    """
+
+    body: str
+    style: str
+    masks: int
+    ratio: float
+
+
+def embed(image: Image.Image, caption: str, segments: Sequence[Segment], openings: Sequence[str] = ()) -> Embedded:
+    """
+    An answer as in `SegCap.to_html`, for masks that have no scores.
+
+    Args:
+        image: RGB, of the size of the masks.
+        openings: HTML that each line of the caption begins with, an open `<span>` in it.
+    """
+    page = render_html(image, caption, segments)
+    body = _cut(page, "main").replace("<small>score 1.00 · ", "<small>").replace(" (1.00)</title>", "</title>")
+    body = f"<main>{_with_openings(body, openings)}</main>"
+    return Embedded(body, _cut(page, "style"), len(segments), image.width / image.height)
+
+
 def _article(sample: Sample, task: int) -> tuple[str, str, int]:
     """HTML of a sample, the styles it needs, and how many masks they are for."""
     row, notes = sample.row, list(sample.notes)
-    body, style, masks, ratio = "", "", 0, 1.0
+    shown = Embedded("", "", 0, 1.0)
     try:
         image, caption, segments = _shown(row)
-        page = render_html(image, caption, segments)
-        body, style, masks, ratio = _cut(page, "main"), _cut(page, "style"), len(segments), image.width / image.height
-        # A mask of the data has no score.
-        body = body.replace("<small>score 1.00 · ", "<small>").replace(" (1.00)</title>", "</title>")
-        body = f"<main>{_with_speakers(body, [message['role'] for message in _spoken(row)])}</main>"
+        speakers = ["user" if message["role"] == "user" else "assistant" for message in _spoken(row)]
+        shown = embed(image, caption, segments, [f'<span class="{speaker}">' for speaker in speakers])
     except (ValueError, TypeError, AttributeError) as error:  # whatever the linter found
         notes.append(f"cannot be shown: {error}")
-        body = f"<pre>{_escape(str(row['messages']))[:4000]}</pre>"
-    warnings = "".join(f'<p class="note">{_escape(note)}</p>' for note in notes)
+        shown = shown._replace(body=f"<pre>{escape(str(row['messages']))[:4000]}</pre>")
+    warnings = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     names = f"image {row['image_id']} of {row['source']}"
     return (
-        f'<article data-task="{task}" style="--ratio:{ratio:.3f}"><h2><b>{_escape(str(row["task"]))}</b>'
-        f"{_escape(sample.row_id)} · {_escape(names)}</h2>{warnings}{body}</article>",
-        style,
-        masks,
+        f'<article data-task="{task}" style="--ratio:{shown.ratio:.3f}"><h2><b>{escape(str(row["task"]))}</b>'
+        f"{escape(sample.row_id)} · {escape(names)}</h2>{warnings}{shown.body}</article>",
+        shown.style,
+        shown.masks,
     )
 
 
@@ -236,17 +264,13 @@ def _box_mask(region: Sequence[float], image: Image.Image) -> np.ndarray:
     return mask
 
 
-def _with_speakers(body: str, roles: Sequence[str]) -> str:
-    """Each line of the caption as an element of the class of its role."""
-    start, opening, rest = body.partition('<p class="caption">')
+def _with_openings(body: str, openings: Sequence[str]) -> str:
+    start, tag, rest = body.partition('<p class="caption">')
     caption, closing, end = rest.partition("</p>")
     lines = caption.split("\n")
-    if len(lines) == len(roles):
-        lines = [
-            f'<span class="{"user" if role == "user" else "assistant"}">{line}</span>'
-            for role, line in zip(roles, lines, strict=True)
-        ]
-    return start + opening + "\n".join(lines) + closing + end
+    if len(lines) == len(openings):
+        lines = [f"{opening}{line}</span>" for opening, line in zip(openings, lines, strict=True)]
+    return start + tag + "\n".join(lines) + closing + end
 
 
 def _cut(page: str, element: str) -> str:
@@ -254,5 +278,6 @@ def _cut(page: str, element: str) -> str:
     return page.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Any text as HTML."""
     return html.escape(printable(text))

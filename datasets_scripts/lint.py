@@ -137,7 +137,7 @@ def lint(
     context = None if processor is None else _Context(processor, max_length)
     report, sampler = LintReport(), Sampler(samples if html else 0, seed)
     duplicates, variety = _Duplicates(), _Variety()
-    for name in [config] if config else datasets.get_dataset_config_names(str(path)):
+    for name in [config] if config else _configs_of_rows(str(path)):
         for split, dataset in datasets.load_dataset(str(path), name, streaming=True).items():
             total = dataset.info.splits[split].num_examples if dataset.info.splits else None
             for index, row in enumerate(tqdm(_undecoded(dataset), f"{name}/{split}", total, unit="row")):
@@ -159,6 +159,13 @@ def lint(
     if html is not None:
         html.write_text(render_explorer(sampler.samples(), str(path), str(report)), encoding="utf-8")
     return report
+
+
+def _configs_of_rows(path: str) -> list[str]:
+    """The configurations of a dataset, without those that hold something else than conversations beside them."""
+    names = datasets.get_dataset_config_names(path)
+    features = [datasets.load_dataset_builder(path, name).info.features or FEATURES for name in names]
+    return [name for name, found in zip(names, features, strict=True) if "messages" in found] or names
 
 
 def _undecoded(dataset: datasets.IterableDataset) -> datasets.IterableDataset:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import templates
-from .builder import Row, UscdfBuilder, make_row, reason_of
+from .builder import Row, UscdfBuilder, UscdfConfig, make_row, reason_of
 from .conversations import Turn
 from .layouts import coco_images, existing, inside_any
 from .masks import rle_of
@@ -34,6 +34,8 @@ LIST_FOLDERS = ("", "annotations/", "MGLMM_gcg/", "MGLMM_gcg_new/", "MGLMM_gcg_n
 
 
 class MgscData(UscdfBuilder):
+    BUILDER_CONFIGS = [UscdfConfig(name="mgsc")]
+    DEFAULT_CONFIG_NAME = "mgsc"
     SOURCE = "mgscdata"
     LICENSE = "research (annotations), SA-1B dataset research license (images)"
 

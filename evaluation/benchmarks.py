@@ -33,7 +33,7 @@ class Benchmark:
         title: For people.
         family: How its rows are asked and scored.
         max_new_tokens: By task of the rows that are asked.
-        config: Configuration of the prepared data.
+        config: Configuration of the prepared data; `None` for the data's default one, whatever its name.
         split: The default one.
         forced: Protocols of teacher forcing, and whose parity they are.
         answers_parity: Whether parity also (or only) scores the generated answers by the originals' rules.
@@ -44,7 +44,7 @@ class Benchmark:
     title: str
     family: Family
     max_new_tokens: Mapping[str, int]
-    config: str = "default"
+    config: str | None = "default"
     split: str = "validation"
     forced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     answers_parity: bool = True
@@ -108,6 +108,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "MGSC",
         "segcap",
         {"panoptic": 512, "fine": 512},
+        config=None,
         splits={"panoptic": "root", "fine": "subtree"},
         notes=_WORDING,
     ),

@@ -105,6 +105,7 @@ def dataset_card(
     terms: str,
     repo_id: str,
     skipped: Mapping[str, int] | None = None,
+    about: str = "",
 ) -> DatasetCard:
     """
     The card of a prepared dataset; with its `configs`, `datasets.load_dataset` needs no code.
@@ -116,6 +117,7 @@ def dataset_card(
         terms: On which the annotations and pictures may be used; an identifier that the Hub knows, or a text.
         repo_id: Folder or hub id in the usage example.
         skipped: What was left out while preparing, by reason.
+        about: Markdown on how it was made, where that is not by templates from a source's annotations.
     """
     configs = sorted({config for config, _ in contents.rows}, key=lambda config: (config != "default", config))
     first = ("train", "validation")
@@ -173,6 +175,7 @@ def dataset_card(
         sources=[(source, f"{count:,}") for source, count in contents.sources.most_common()],
         skipped=[(reason, f"{count:,}") for reason, count in (skipped or {}).items()],
         terms=f"`{terms}`" if is_identifier else terms,
+        about=about,
     )
 
 

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 import typer
 
+from .annotate_cli import annotate
+
 app = typer.Typer(
     name="mglmm",
     help="Describe images in text whose phrases carry masks.",
@@ -15,6 +17,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(annotate, name="annotate")
 
 
 @app.callback()

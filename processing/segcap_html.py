@@ -92,18 +92,18 @@ def render_html(image: Image.Image, caption: str, segments: Sequence[Segment]) -
     # Small masks come last: they lie on top and catch the pointer.
     order = sorted(range(len(segments)), key=lambda index: -segments[index].area)
     paths = [
-        f'<path data-s="{index}"{_whole(index, segments, order)} style="{_colors(index)}" '
+        f'<path data-s="{index}"{_whole(index, segments, order)} style="{color_style(index)}" '
         f'd="{mask_outline(resize_mask(segments[index].mask, size))}">'
         f"<title>{_escape(segments[index].phrase)} ({segments[index].score:.2f})</title></path>"
         for index in order
     ]
     rows = [
-        f'<li data-s="{index}" tabindex="0" style="{_colors(index)}"><b>{index + 1}</b><span>{_escape(segment.phrase)}</span>'
+        f'<li data-s="{index}" tabindex="0" style="{color_style(index)}"><b>{index + 1}</b><span>{_escape(segment.phrase)}</span>'
         f"<small>score {segment.score:.2f} · area {segment.area / segment.mask.size:.1%}</small></li>"
         for index, segment in enumerate(segments)
     ]
     parts = [
-        f'<mark data-s="{" ".join(map(str, indices))}" tabindex="0" style="{_colors(indices[0])}">{_escape(text)}</mark>'
+        f'<mark data-s="{" ".join(map(str, indices))}" tabindex="0" style="{color_style(indices[0])}">{_escape(text)}</mark>'
         if indices
         else _escape(text)
         for text, indices in caption_parts(caption, segments)
@@ -120,9 +120,9 @@ def render_html(image: Image.Image, caption: str, segments: Sequence[Segment]) -
         paths="\n".join(paths),
         rows="\n".join(rows),
         caption="".join(parts),
-        lit_path=_lit("path", len(segments)),
-        lit_mark=_lit("mark", len(segments)),
-        lit_row=_lit("li", len(segments)),
+        lit_path=lit_selector("path", len(segments)),
+        lit_mark=lit_selector("mark", len(segments)),
+        lit_row=lit_selector("li", len(segments)),
     )
 
 
@@ -190,13 +190,14 @@ def _whole(index: int, segments: Sequence[Segment], order: list[int]) -> str:
     return ' class="whole"' if any(part.area and covers(segments[index], part) for part in front) else ""
 
 
-def _colors(index: int) -> str:
+def color_style(index: int) -> str:
+    """The colours of a segment as CSS variables: --c of its mask, --i of text about it."""
     color = segment_color(index)
     return f"--c:#{bytes(color).hex()};--i:#{bytes(ink_color(color)).hex()}"
 
 
-def _lit(element: str, n: int) -> str:
-    """Selector of the elements of a segment while anything of that segment is pointed at or has the focus."""
+def lit_selector(element: str, n: int) -> str:
+    """CSS selector of the elements of each of `n` segments (those with its number in `data-s`) while anything of that segment is pointed at or has the focus."""
     rules = (
         f'main:has([data-s~="{index}"]:is(:hover, :focus-visible)) {element}[data-s~="{index}"]' for index in range(n)
     )

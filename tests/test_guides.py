@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,19 +21,21 @@ from torch.distributed.run import get_args_parser
 
 from mglmm import MglmmForConditionalGeneration, MglmmProcessor
 from mglmm.cli import main
+from mglmm.datasets_scripts.annotation.config import AnnotationConfig
 from mglmm.datasets_scripts.families import BUILDERS
 from mglmm.evaluation import caption_scorers, java
 from mglmm.evaluation.benchmarks import BENCHMARKS
 from mglmm.evaluation.java import JavaError
 from mglmm.trainer.config import DataConfig, RunConfig, read_config
 from mglmm.trainer.training_args import MglmmTrainingArguments
+from tests.chat_server import chat_server
 from tests.hub_server import TOKEN, hub_server
 from tests.tiny import tiny_model, tiny_processor
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN_DATA, DATA, TRAINING, PUBLISHED_WEIGHTS, EVALUATION = (
+OWN_DATA, DATA, TRAINING, PUBLISHED_WEIGHTS, EVALUATION, ANNOTATION = (
     (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("own_data.md", "data.md", "training.md", "published_weights.md", "evaluation.md")
+    for name in ("own_data.md", "data.md", "training.md", "published_weights.md", "evaluation.md", "annotation.md")
 )
 
 
@@ -138,6 +140,24 @@ def coco(tmp_path: Path) -> None:
 def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, _ = run_guide(DATA, tmp_path, monkeypatch)
     assert names["row"]["source"] in ("coco_instances", "coco_captions") and names["row"]["image"].size == (60, 40)
+
+
+def test_annotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with chat_server() as server:
+        names, _ = run_guide(ANNOTATION.replace("http://localhost:8000/v1", server.url), tmp_path, monkeypatch)
+        assert {received.body["model"] for received in server.requests} == {"Qwen/Qwen2.5-VL-7B-Instruct"}
+        assert {received.status for received in server.requests} == {200}
+    assert len(names["rows"]) == 4 and names["rows"]["task"].count("fine") == 2
+    assert "[SEG]" in names["rows"][0]["messages"][1]["content"]
+    printed = capsys.readouterr().out
+    assert f"requests: about {len(server.requests):,}\n" in printed and "images: 2 done, 0 failed" in printed
+    objects = datasets.load_dataset("my_mgsc", "objects", split="train")
+    assert sorted(set(objects["label"])) == ["door", "house", "tree", "window"]
+    assert "<svg" in Path("run_rules.html").read_text(encoding="utf-8")
+    # The settings shown are the defaults, but for the ones that the comments call a choice.
+    settings = AnnotationConfig.from_dict(yaml.safe_load(Path("settings.yaml").read_text()))
+    shown = replace(settings, merging=replace(settings.merging, no_merge_labels=()))
+    assert shown == AnnotationConfig()
 
 
 @pytest.fixture

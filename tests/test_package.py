@@ -36,7 +36,18 @@ STANDALONE = {"modeling_mglmm", "processing"}  # their files travel to the Hub a
 # Import names that differ from the name of the distribution that holds them.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
 # Top-level modules of the extras. `import mglmm` works without any of them.
-OPTIONAL_MODULES = ["evaluate", "gguf", "onnx", "scipy", "segment_anything", "skimage", "torchvision", "trl"]
+OPTIONAL_MODULES = [
+    "evaluate",
+    "gguf",
+    "onnx",
+    "openai",
+    "ray",
+    "scipy",
+    "segment_anything",
+    "skimage",
+    "torchvision",
+    "trl",
+]
 
 SOURCES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
 

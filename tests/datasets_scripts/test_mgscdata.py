@@ -109,6 +109,10 @@ def test_an_image_has_a_coarse_and_fine_descriptions(write: Callable[..., MgscDa
     assert fine["masks"] == [box_rle(SIZE, HAT)]
 
 
+def test_the_configuration_has_a_name(write: Callable[..., MgscData]) -> None:
+    assert write([root()]).config.name == "mgsc" and list(MgscData.builder_configs) == ["mgsc"]
+
+
 def test_variants_word_the_question_anew(write: Callable[..., MgscData]) -> None:
     builder = write([root()], variants=2)
     builder.split_items()
