@@ -29,7 +29,7 @@ class DataConfig:
 
     Args:
         path (`str`): Folder or hub id of a USCDF dataset.
-        name (`str`, *optional*, defaults to `"default"`), split (`str`, *optional*, defaults to `"train"`)
+        name (`str`, *optional*, by default the one that its card calls default), split (`str`, *optional*, defaults to `"train"`)
         weight (`float`, *optional*): Share of the drawn rows relative to the other datasets; its number of rows if unset.
         task_weights (`dict`, *optional*): Share of the rows per `task`; a task that is not named is left out. All rows
             alike if unset.
@@ -37,7 +37,7 @@ class DataConfig:
     """
 
     path: str
-    name: str = "default"
+    name: str | None = None
     split: str = "train"
     weight: float | None = None
     task_weights: dict[str, float] = field(default_factory=dict)

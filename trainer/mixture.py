@@ -223,7 +223,7 @@ def _tasks_of(tasks: np.ndarray, config: DataConfig, seed: list[int]) -> tuple[n
 
 
 def source_of(config: DataConfig) -> str:
-    return f"{config.path}/{config.name}/{config.split}"
+    return f"{config.path}/{config.name or 'default'}/{config.split}"
 
 
 def weight_of(config: DataConfig, num_rows: int) -> float:

@@ -76,7 +76,9 @@ def _sample(data: DataConfig, rng: np.random.Generator) -> tuple[int, list[dict[
     """Number of rows the run may draw, and up to `SAMPLED_ROWS` of them, tasks in their shares; pictures stay unread."""
     splits = load_dataset_builder(data.path, data.name).config.data_files or {}
     if data.split not in splits:
-        raise ValueError(f"{data.path} ({data.name}) has no split {data.split!r}; it has {', '.join(map(str, splits))}")
+        raise ValueError(
+            f"{data.path} ({data.name or 'default'}) has no split {data.split!r}; it has {', '.join(map(str, splits))}"
+        )
     files = [pq.ParquetFile(path) for path in splits[data.split]]
     groups = [(file, i) for file in files for i in range(file.num_row_groups)]
     ends = np.cumsum([file.metadata.row_group(i).num_rows for file, i in groups])
@@ -92,7 +94,7 @@ def _sample(data: DataConfig, rng: np.random.Generator) -> tuple[int, list[dict[
             shares[rows] = data.task_weights[task] / len(rows) if data.task_weights else 1.0
     usable = int((shares > 0).sum())
     if usable == 0:
-        raise ValueError(f"{data.path} ({data.name}, {data.split}) has no rows")
+        raise ValueError(f"{data.path} ({data.name or 'default'}, {data.split}) has no rows")
     chosen = np.sort(rng.choice(number, min(SAMPLED_ROWS, usable), replace=False, p=shares / shares.sum()))
     group_of = np.searchsorted(ends, chosen, side="right")
     sampled: list[dict[str, Any]] = []

@@ -30,7 +30,7 @@ def run_card(
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     data = [
-        f"| {public_name(d.path)} | {d.name} | {d.split} | {'' if d.weight is None else d.weight} |"
+        f"| {public_name(d.path)} | {d.name or 'default'} | {d.split} | {'' if d.weight is None else d.weight} |"
         for d in config.data
     ]
     adapter_only = (

@@ -16,7 +16,7 @@ import torch
 
 from mglmm.datasets_scripts.features import FEATURES
 from mglmm.trainer.config import DataConfig
-from mglmm.trainer.mixture import MixtureSampler, apportion, load_mixture, message_lengths
+from mglmm.trainer.mixture import MixtureSampler, apportion, load_mixture, message_lengths, open_dataset, source_of
 from tests.trainer.conftest import uscdf_row, write_dataset
 
 
@@ -155,6 +155,18 @@ def test_older_dataset_without_ignore_mask_is_read_and_other_columns_are_left_aw
     item = load_mixture([DataConfig(str(tmp_path / "data"))], seed=0)[0]
     assert item["ignore_mask"] is None
     assert "licence" not in item
+
+
+def test_without_a_name_the_default_configuration_of_the_card_is_read(tmp_path: Path):
+    """As of `mglmm annotate export`: "mgsc" is the default beside "objects", and nothing is called "default"."""
+    folder = Path(make_dataset(tmp_path / "rows", "fine", "fine"))
+    (folder / "objects.parquet").write_bytes(next(folder.glob("default/*.parquet")).read_bytes())
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: objects, data_files: objects.parquet}\n"
+        "- {config_name: mgsc, data_files: default/*.parquet, default: true}\n---\n"
+    )
+    (row, _) = open_dataset(DataConfig(str(folder)), streaming=False)
+    assert row["task"] == "fine" and source_of(DataConfig(str(folder))) == f"{folder}/default/train"
 
 
 def test_foreign_columns_are_refused_by_name(tmp_path: Path):

@@ -25,7 +25,7 @@ def config_file(tmp_path: Path):
 
 def test_defaults(config_file):
     config = read_config(config_file(), [])
-    assert config.data == [DataConfig(path="rows", name="default", split="train", task_weights={})]
+    assert config.data == [DataConfig(path="rows", name=None, split="train", task_weights={})]
     assert config.mask_warmup is None and config.language_model_dtype == "float32"
 
 
