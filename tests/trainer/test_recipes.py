@@ -9,8 +9,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from mglmm.datasets_scripts.families import BUILDERS
 from mglmm.modeling_mglmm import MglmmConfig
-from mglmm.trainer.config import read_config
+from mglmm.trainer.config import read_config, training_arguments
 from mglmm.trainer.plan import plan, read_accelerate
+from mglmm.trainer.trainable import make_trainable
 from tests.tiny import tiny_model, tiny_processor
 
 RECIPES = Path(__file__).resolve().parents[2] / "trainer" / "recipes"
@@ -189,3 +190,13 @@ def test_the_recipes_of_the_small_model_fit_together(name):
     assert config.adapter == (None if name == "mglmm_small" else first.training["output_dir"])
     same = ("lora_r", "lora_alpha", "lora_target", "cache_image_features")  # or the adapter would not fit
     assert all(config.training[key] == first.training[key] for key in same)
+
+
+def test_the_last_recipe_of_the_small_model_leaves_its_language_model_alone(tmp_path):
+    config = read_config(RECIPES / "mglmm_small_masks.yaml", [])
+    args = training_arguments({**config.training, "output_dir": str(tmp_path)})
+    model = tiny_model(tiny_processor())
+    trained = make_trainable(model, args, [1, 2, 3])
+    names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    assert names and all(any(part in name for part in config.training["trained_modules"]) for name in names)
+    assert config.data[0].path == read_config(RECIPES / "mglmm_small.yaml", []).data[0].path

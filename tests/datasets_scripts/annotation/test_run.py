@@ -356,7 +356,10 @@ def test_another_source_needs_another_folder(images: Path, tmp_path: Path) -> No
 # ---------------------------------------------------------------- Ray
 
 
-def test_ray_gives_the_same_bytes(images: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
+def test_ray_gives_the_same_bytes(
+    images: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     import ray.data  # noqa: F811
 
