@@ -81,11 +81,18 @@ def run(
         timeout=timeout,
         max_retries=max_retries,
     )
-    settings = AnnotationConfig.from_dict(yaml.safe_load(config.read_text("utf-8")) or {} if config else {})
+    if (price_prompt is None) != (price_answer is None):
+        raise ValueError("--price-prompt and --price-answer go together")
+    try:
+        settings = AnnotationConfig.from_dict(yaml.safe_load(config.read_text("utf-8")) or {} if config else {})
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config} is not valid YAML: {error}") from error
     part = _shard(shard)
-    items = list_work(Source(layout, annotations, images), run, settings, who, shard=part, limit=limit)
+    items = list_work(
+        Source(layout, annotations, images), run, settings, who, shard=part, limit=limit, begin=not dry_run
+    )
     if dry_run:
-        plan = plan_run(items, run, settings, num_proc)
+        plan = plan_run(items, run, settings, who.model_name, num_proc)
         print(plan)
         if price_prompt is not None and price_answer is not None:
             print(f"cost: about {plan.cost(price_prompt, price_answer):,.2f}")
@@ -110,7 +117,7 @@ def retry(
     source, settings, who = read_run(run)
     if max_total_tokens is not None:
         who = replace(who, max_total_tokens=max_total_tokens)
-    items = list_work(source, run, settings, who, shard=(0, 1), limit=None)
+    items = list_work(source, run, settings, who)
     _finish(run_local(items, run, settings, who, retry=True))
 
 

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from .answer_cache import AnswerCache, CachedClient
 from .chat import ChatClient, ChatRequest, ChatResult, Interrupted
@@ -47,6 +48,8 @@ class Annotator:
             raise ValueError(f"--annotator {self.kind} needs --model: the name of the model that answers")
         if self.kind == "rules" and self.model:
             raise ValueError("--annotator rules takes no --model")
+        if self.base_url:
+            checked_address(self.base_url)
 
     @property
     def model_name(self) -> str:
@@ -103,6 +106,7 @@ async def open_client(
                 # What is left is shared out; what the cache holds has been spent by all of them.
                 max_total_tokens=_budget(annotator.max_total_tokens, cache.spent_tokens, workers),
                 spent_tokens=cache.spent_tokens,
+                stop=stop,
             )
             client = OpenAIClient(
                 annotator.model_name,
@@ -116,6 +120,18 @@ async def open_client(
                 yield CachedClient(Gate(client, stop, concurrency), cache)
             finally:
                 await client.close()
+
+
+def checked_address(url: str) -> str:
+    """Scheme, host and path of a server. The error does not repeat an address that may hold a secret."""
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            "the address of the server holds more than scheme, host and path: keys belong into the environment"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is no address of a server, such as http://localhost:8000/v1")
+    return url.rstrip("/")
 
 
 def _share(limit: int | None, workers: int) -> int | None:

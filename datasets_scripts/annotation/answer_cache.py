@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .chat import ChatClient, ChatRequest, ChatResult, RequestFailed, RunStopped
+from .chat import ChatClient, ChatRequest, ChatResult, RunStopped
 
 KEY = re.compile(r"[0-9a-f]{64}")
 SHARD = re.compile(r"\w[\w.-]*")
@@ -135,38 +135,22 @@ class CachedClient:
             self.hits += 1
         return await asyncio.shield(task)
 
-    async def drain(self) -> None:
-        """Waits for requests that have gone out; needed only where waiting tasks were cancelled."""
-        await asyncio.gather(*self._asked.values(), return_exceptions=True)
-
     async def _ask(self, key: str, request: ChatRequest) -> ChatResult:
         try:
             result = await self._client.complete(request)
         except RunStopped:
             self.misses -= 1  # it never went out
             raise
-        self._cache.put(key, result, self.model)
+        try:
+            self._cache.put(key, result, self.model)
+        except OSError as error:  # a full disk: each further answer would be lost, too
+            raise RunStopped(f"answers cannot be kept: {error.strerror}") from error
         return result
 
     def _forget(self, key: str, task: asyncio.Task[ChatResult]) -> None:
         del self._asked[key]
         if not task.cancelled():
             task.exception()  # seen, or asyncio would complain if nobody waits any more
-
-
-class ReplayClient(CachedClient):
-    """Answers from the cache alone; raises `RequestFailed` where it has none."""
-
-    def __init__(self, model: str, cache: AnswerCache):
-        super().__init__(_Nobody(model), cache)
-
-
-class _Nobody:
-    def __init__(self, model: str):
-        self.model = model
-
-    async def complete(self, request: ChatRequest) -> ChatResult:
-        raise RequestFailed("not in the cache")
 
 
 def _entry_of(line: bytes) -> dict[str, Any] | None:

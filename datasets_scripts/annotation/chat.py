@@ -88,10 +88,6 @@ class RequestFailed(RuntimeError):
     """One request got no answer: the server refuses it, or went on failing. Its image fails, the others go on."""
 
 
-class AnswersRejected(RequestFailed):
-    """Every answer broke the rules."""
-
-
 class RunStopped(RuntimeError):
     """No request will get an answer: the key is not accepted, the budget is spent, or a stop was asked for."""
 

@@ -103,21 +103,42 @@ class AnnotationConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AnnotationConfig:
         """From sections of settings, as in a YAML file. Raises `ValueError` that names an unknown one."""
+        if not isinstance(values, dict):
+            raise ValueError(f"settings are sections such as geometry, not a {type(values).__name__}")
         sections = {}
         for section in fields(cls):
             of_section = values.get(section.name) or {}
             kind: Any = section.default_factory
+            if not isinstance(of_section, dict):
+                raise ValueError(f"{section.name} is no section of settings: {of_section!r}")
             known = {setting.name: setting for setting in fields(kind)}
             if unknown := [name for name in of_section if name not in known]:
-                raise ValueError(f"{section.name}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+                raise ValueError(f"{section.name}: unknown {', '.join(map(str, unknown))}; known: {', '.join(known)}")
             converted = {name: tuple(v) if isinstance(v, list) else v for name, v in of_section.items()}
+            for name, value in converted.items():
+                _check(f"{section.name}.{name}", value, getattr(kind(), name))
             sections[section.name] = kind(**converted)
         if unknown := [name for name in values if name not in sections]:
-            raise ValueError(f"unknown section {', '.join(unknown)}; known: {', '.join(sections)}")
+            raise ValueError(f"unknown section {', '.join(map(str, unknown))}; known: {', '.join(sections)}")
         return cls(**sections)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _check(name: str, value: Any, default: Any) -> None:
+    """Raises `ValueError` for a setting of another type than its default, or a number that nothing can be done with."""
+    if isinstance(default, tuple):
+        right = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    else:
+        right = type(value) in ((int, float) if type(default) is float else (type(default),))
+    if not right:
+        kind = "list of names" if isinstance(default, tuple) else type(default).__name__
+        raise ValueError(f"{name} is {value!r}, which is no {kind}")
+    if type(default) is float and not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}, but must be from 0 to 1")
+    if type(default) is int and value < (0 if name.endswith(("max_subtrees", "min_descendants")) else 1):
+        raise ValueError(f"{name} is {value!r}, which is too small")
 
 
 def digest_of(value: Any) -> str:

@@ -13,8 +13,8 @@ and `bbox` ([x, y, width, height] in pixels). `imgs` is a link to the folder of 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
+import os
 import re
 import tempfile
 from collections import Counter
@@ -34,6 +34,7 @@ from ..prepare import prepare
 from ..sources import check_image_size, inside
 from .records import ROOT, Context, ImageInfo, Tree, TreeNode
 from .results import Result, RunSettings, read_results, read_settings
+from .store import name_hash
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
@@ -113,7 +114,7 @@ def export(
         ValueError: `run` is no run, or nothing of it can be exported.
         FileExistsError: there is something in `destination`.
     """
-    settings = read_settings(run)
+    settings, destination = read_settings(run), Path(os.path.abspath(destination))
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise FileExistsError(f"{destination} is not empty; delete it or choose another output folder")
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -138,8 +139,7 @@ def export(
 
 def split_of(image_id: str) -> Literal["train", "validation"]:
     """By a hash of the picture's id: no picture is in both splits, whatever else is exported."""
-    digest = int(hashlib.sha1(image_id.encode()).hexdigest(), 16)
-    return "validation" if digest % 100 < VALIDATION_PERCENT else "train"
+    return "validation" if int(name_hash(image_id), 16) % 100 < VALIDATION_PERCENT else "train"
 
 
 def refusal(item: Context, nodes: Mapping[str, TreeNode], *, with_templates: bool = False) -> str | None:

@@ -8,13 +8,13 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from .chat import AnswersRejected, ChatClient, RequestFailed
+from .chat import ChatClient, RequestFailed
 from .config import PROMPT_VERSION, AnnotationConfig, digest_of
 from .dense_context import describe
 from .inputs import ImageItem
 from .label_merge import merge_tree
 from .mask_tree import build_geometry
-from .object_labeling import label_objects
+from .object_labeling import label_objects, rejection
 from .records import Contexts, Geometry, Labels
 from .store import ImageFolder, Status, payload_hash
 
@@ -71,8 +71,6 @@ async def annotate_image(
         await _describe(item, folder, geometry, config, client, seeds)
     except (ValueError, OSError, RequestFailed) as error:
         status["state"], status["reason"] = "failed", " ".join(str(error).split())
-        if isinstance(error, AnswersRejected):
-            status["rejected"] = True
     if status != old:
         folder.write_status(status)
     return status
@@ -94,6 +92,8 @@ async def _describe(
         picture = await asyncio.to_thread(item.picture)
         labels = await label_objects(picture, geometry, client, config.labeling, seeds=seeds)
         folder.write("labels", labels, inputs=inputs, config=digest)
+    if reason := rejection(labels):
+        raise RequestFailed(reason)
 
     inputs, digest = payload_hash([inputs, labels["objects"]]), digest_of(settings["merging"])
     tree: Any = folder.read("tree", inputs, digest)
@@ -121,14 +121,13 @@ def next_round(folder: ImageFolder, status: Status) -> Status | None:
     The status with which a retry begins: whatever failed is asked with a new seed, so that the answers that failed are not
     read from the cache again. `None` if nothing failed, or after `MAX_ROUNDS`.
     """
+    if not status["made_from"]:  # a retry that was begun and did not end goes on
+        return status
     labels: Labels | None = folder.read("labels")
     contexts: Contexts | None = folder.read("contexts")
     failed = [item["about"] for item in contexts["items"] if item["status"] == "failed"] if contexts else []
     if labels:
         failed += [name for name, label in labels["objects"].items() if label["status"] == "failed"]
-    geometry: Geometry | None = folder.read("geometry")
-    if status.get("rejected") and geometry:
-        failed += [node["id"] for node in geometry["nodes"]]
     if (status["state"] == "done" and not failed) or status["round"] >= MAX_ROUNDS:
         return None
     round_ = status["round"] + 1

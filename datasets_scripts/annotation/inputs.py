@@ -136,7 +136,8 @@ class _Sa1bItem(FileItem):
 def _find_sa1b(annotations: Path, images: Path) -> Iterator[ImageItem]:
     for file in annotations.rglob("*.json"):
         relative = file.relative_to(annotations)
-        yield _Sa1bItem(relative.with_suffix("").as_posix(), images, file, relative.parent.as_posix())
+        name = relative.with_suffix("").as_posix().encode("utf-8", "backslashreplace").decode()  # it may be no text
+        yield _Sa1bItem(name, images, file, relative.parent.as_posix())
 
 
 def _sa1b_mask(index: int, annotation: Any, size: Size) -> InputMask:

@@ -17,7 +17,6 @@ from typing import Any
 from PIL import Image
 
 from .chat import (
-    AnswersRejected,
     ChatClient,
     ChatRequest,
     Estimate,
@@ -73,7 +72,7 @@ async def label_objects(
 
     Raises:
         ValueError: the picture has another size than the masks, or a mask is broken.
-        RequestFailed: a request got no answer, or (`AnswersRejected`) no answer kept the rules.
+        RequestFailed: a request got no answer.
         RunStopped: from the client. Requests under way are finished first, so that what they cost is not lost.
     """
     picture = await asyncio.to_thread(picture.convert, "RGB")
@@ -86,11 +85,16 @@ async def label_objects(
         for found, made in await finish_all(step.label(batch) for batch in level):
             labels |= found
             exchanges += made
-    if nodes and all(label["status"] == "failed" for label in labels.values()):
-        codes = Counter(code for exchange in exchanges for attempt in exchange["attempts"] for code in attempt)
-        counted = ", ".join(f"{code} x {count}" for code, count in sorted(codes.items(), key=lambda c: (-c[1], c[0])))
-        raise AnswersRejected(f"the model's answers never kept the rules: {counted}")
     return {"objects": {name: labels[name] for name in nodes}, "exchanges": exchanges}
+
+
+def rejection(labels: Labels) -> str | None:
+    """Why an image has no label at all, if that is because no answer kept the rules."""
+    if any(label["status"] != "failed" for label in labels["objects"].values()):
+        return None
+    codes = Counter(code for exchange in labels["exchanges"] for attempt in exchange["attempts"] for code in attempt)
+    counted = ", ".join(f"{code} x {count}" for code, count in sorted(codes.items(), key=lambda c: (-c[1], c[0])))
+    return f"the model's answers never kept the rules: {counted}"
 
 
 def label_batches(geometry: Geometry, config: LabelingConfig) -> list[list[list[Node]]]:

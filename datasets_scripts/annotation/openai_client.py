@@ -7,8 +7,8 @@ import os
 import re
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
+from .annotators import checked_address
 from .chat import CHARACTERS_PER_TOKEN, ChatRequest, ChatResult, Message, RequestFailed, RunStopped
 from .request_limits import RequestLimits
 
@@ -66,7 +66,7 @@ class OpenAIClient:
         self._limits = limits
         self._api_key_env = api_key_env
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-        self._server = _checked_address(base_url) if base_url else "https://api.openai.com"
+        self._server = checked_address(base_url) if base_url else "https://api.openai.com"
         self._key = _read_key(api_key_env, needed=base_url is None)
         self._client = openai.AsyncOpenAI(
             api_key=self._key or "none",
@@ -100,12 +100,15 @@ class OpenAIClient:
             text = text.replace(self._key, "[key]")
         return SECRET.sub("[key]", text)
 
-    async def _before_attempt(self, _: object) -> None:
-        await self._limits.attempt()
+    async def _before_attempt(self, request: Any) -> None:
+        # First attempts have had their turn: what is raised in here openai would take for a broken connection.
+        if request.headers.get("x-stainless-retry-count", "0") != "0":
+            await self._limits.attempt_again()
 
     async def _send(self, request: ChatRequest) -> str:
         """The body of the answer, JSON if the server keeps the protocol."""
         while True:
+            await self._limits.attempt()
             body = self._body(request)
             try:
                 response = await self._client.chat.completions.with_raw_response.create(**body)
@@ -210,18 +213,6 @@ def _read_key(variable: str, needed: bool) -> str | None:
             f"the key in {variable} holds characters that cannot be sent: is it copied in full, and alone?"
         )
     return key
-
-
-def _checked_address(url: str) -> str:
-    """Scheme, host and path of a server. The error does not repeat an address that may hold a secret."""
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(
-            "the address of the server holds more than scheme, host and path: keys belong into the environment"
-        )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url!r} is no address of a server, such as http://localhost:8000/v1")
-    return url.rstrip("/")
 
 
 def _refused(error: openai.APIStatusError, body: dict[str, Any]) -> set[str]:

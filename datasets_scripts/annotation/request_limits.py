@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
-from .chat import BudgetSpent
+from .chat import BudgetSpent, Interrupted
+
+T = TypeVar("T")
 
 MINUTE = 60.0  # seconds
 
@@ -28,6 +31,7 @@ class RequestLimits:
         tokens_per_minute: In any 60 seconds, by estimates until the answer tells the number. A single request of more
             waits until it is alone.
         max_total_tokens: Budget of tokens, `spent_tokens` (those of earlier runs) among them.
+        stop: When it is set, whoever waits for a turn gets `Interrupted` in its place.
         clock, sleep: Seconds that never go back, and how to wait for some.
     """
 
@@ -39,6 +43,7 @@ class RequestLimits:
         max_total_tokens: int | None = None,
         spent_tokens: int = 0,
         *,
+        stop: asyncio.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ):
@@ -52,6 +57,7 @@ class RequestLimits:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.max_total_tokens = max_total_tokens
         self.spent_tokens = spent_tokens
+        self._stop = stop or asyncio.Event()
         self._reserved = 0  # by requests in flight
         self._places = asyncio.Semaphore(concurrency)
         self._settled = asyncio.Event()  # replaced each time it is set
@@ -67,10 +73,10 @@ class RequestLimits:
         flight cost less than their estimates, it waits for them.
         """
         async with self._places:
-            await self._reserve(estimated_tokens)
+            await self._unless_stopped(self._reserve(estimated_tokens))
             slot = Slot()
             try:
-                entry = await self._tokens.enter(estimated_tokens)
+                entry = await self._unless_stopped(self._tokens.enter(estimated_tokens))
                 yield slot
                 if slot.tokens is not None:
                     self._tokens.correct(entry, slot.tokens)
@@ -81,8 +87,23 @@ class RequestLimits:
                 self._settled = asyncio.Event()
 
     async def attempt(self) -> None:
-        """Waits until one more HTTP request may go out."""
+        """Waits until one more HTTP request may go out. Raises `Interrupted` once `stop` is set."""
+        await self._unless_stopped(self._requests.enter(1))
+
+    async def attempt_again(self) -> None:
+        """As `attempt`, for a request that has been out before and is seen through."""
         await self._requests.enter(1)
+
+    async def _unless_stopped(self, turn: Coroutine[Any, Any, T]) -> T:
+        waiting, stopped = asyncio.ensure_future(turn), asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                return waiting.result()
+            raise Interrupted("stopped by a signal")
+        finally:
+            for task in (waiting, stopped):
+                task.cancel()
 
     async def _reserve(self, tokens: int) -> None:
         while self.max_total_tokens is not None and self.spent_tokens + self._reserved + tokens > self.max_total_tokens:

@@ -33,6 +33,7 @@ from .object_labeling import estimate_labeling
 from .store import ImageFolder, Status, shard_of, write_atomically
 
 RUN_FILE = "run.json"
+NO_MEMORY = "a process of the geometry died: if memory was short, try --num-proc 1"
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,24 @@ def list_work(
     config: AnnotationConfig,
     annotator: Annotator,
     *,
-    shard: tuple[int, int],
-    limit: int | None,
+    shard: tuple[int, int] = (0, 1),
+    limit: int | None = None,
+    begin: bool = True,
 ) -> list[ImageItem]:
     """
-    The images of a shard; the run folder is made, or checked to be of the same source.
+    The images of a shard; the run folder is checked to be of the same source.
+
+    Args:
+        begin: Write into the folder what it is run with, for `read_run`; a dry run does not.
 
     Raises `ValueError` if it was begun with another one, `FileNotFoundError` if the source is not there.
     """
     number, count = shard
     if not 0 <= number < count:
         raise ValueError(f"shard {number}/{count} does not exist: they are numbered from 0 to {count - 1}")
+    place = source.annotations.resolve()
+    if place.is_dir() and run.resolve().is_relative_to(place):
+        raise ValueError(f"{run} lies in {source.annotations}, whose files are read: choose another folder for the run")
     items = find_images(source.kind, source.annotations, source.images, cache=run / "cache")[:limit]
     root = image_root(source.kind, source.annotations, source.images, run)
     plan = {
@@ -151,7 +159,8 @@ def list_work(
             raise ValueError(
                 f"{run} was begun with {begun['kind']} of {begun['annotations']}: choose another folder for this source"
             )
-    write_atomically(file, json.dumps(plan, indent=1, sort_keys=True) + "\n")
+    if begin:
+        write_atomically(file, json.dumps(plan, indent=1, sort_keys=True) + "\n")
     return [item for item in items if shard_of(item.image_id, count) == number]
 
 
@@ -191,16 +200,25 @@ def run_local(
         return asyncio.run(_run(items, run, config, annotator, f"{shard[0]}-of-{shard[1]}", pool, retry))
 
 
-def plan_run(items: Sequence[ImageItem], run: Path, config: AnnotationConfig, num_proc: int | None = None) -> Plan:
+def plan_run(
+    items: Sequence[ImageItem], run: Path, config: AnnotationConfig, model: str, num_proc: int | None = None
+) -> Plan:
     """Make the geometry of all images and estimate what their requests will cost; none is made."""
     broken: Counter[str] = Counter()
     estimates = [Estimate(0, 0, 0)]
-    open_items = [item for item in items if not ImageFolder(run, item.image_id).status]
+    statuses = [ImageFolder(run, item.image_id).status for item in items]
+    open_items = [
+        item
+        for item, status in zip(items, statuses, strict=True)
+        if not status or status["made_from"] != made_from(config, model, status["round"])
+    ]
     with _workers(num_proc) as pool:
         jobs = [pool.submit(make_geometry, item, run, config) for item in open_items]
         for job in tqdm(jobs, desc="geometry", unit="image"):
             try:
                 geometry = job.result()
+            except BrokenProcessPool as error:
+                raise RunStopped(NO_MEMORY) from error
             except (ValueError, OSError) as error:
                 broken[str(error)] += 1
                 continue
@@ -235,9 +253,7 @@ async def _run(
                             summary.stopped = summary.stopped or error
                             return
                         except BrokenProcessPool:
-                            summary.stopped = RunStopped(
-                                "a process of the geometry died: if memory was short, try --num-proc 1"
-                            )
+                            summary.stopped = RunStopped(NO_MEMORY)
                             return
                         bar.update()
                         bar.set_postfix(failed=summary.failed, requests=client.misses, cached=client.hits)
@@ -301,4 +317,8 @@ def _workers(num_proc: int | None) -> Iterator[ProcessPoolExecutor]:
         num_proc or os.cpu_count(), context, signal.signal, (signal.SIGINT, signal.SIG_IGN)
     ) as pool:
         pool.submit(os.getpid).result()  # starts them all
-        yield pool
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or an interrupt would wait for all that was submitted
+            raise

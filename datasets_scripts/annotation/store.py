@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -35,14 +36,13 @@ class Status(TypedDict):
     seeds: dict[str, int]  # of the requests about these ids; 0 of all others
     made_from: str  # hash of the settings, the model and the round
     reason: NotRequired[str]
-    rejected: NotRequired[bool]  # whether it failed because all answers broke the rules
 
 
 class ImageFolder:
     """The stage files of one image."""
 
     def __init__(self, run: Path, image_id: str):
-        digest = hashlib.sha1(image_id.encode()).hexdigest()
+        digest = name_hash(image_id)
         name = re.sub(r"[^\w.-]", "_", image_id).lstrip(".")[:80]
         # Names that are not kept as they are get a piece of the hash, so that no two images share a folder.
         self.path = run / "images" / digest[:2] / (name if name == image_id else f"{name}-{digest[:8]}")
@@ -70,9 +70,6 @@ class ImageFolder:
     def write_status(self, status: Status) -> None:
         write_atomically(self.path / "status.json", json.dumps(status, sort_keys=True) + "\n")
 
-    def clear_status(self) -> None:
-        (self.path / "status.json").unlink(missing_ok=True)
-
 
 def finished_images(run: Path) -> Iterator[tuple[ImageFolder, Status]]:
     """Every image that is done or failed, in the order of image ids."""
@@ -87,7 +84,12 @@ def finished_images(run: Path) -> Iterator[tuple[ImageFolder, Status]]:
 
 def shard_of(image_id: str, count: int) -> int:
     """Which of `count` shards an image belongs to, whatever other images there are."""
-    return int(hashlib.sha1(image_id.encode()).hexdigest(), 16) % count
+    return int(name_hash(image_id), 16) % count
+
+
+def name_hash(image_id: str) -> str:
+    """sha1 of an image's id; file systems allow names that are no text."""
+    return hashlib.sha1(image_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def payload_hash(payload: Any) -> str:
@@ -97,12 +99,13 @@ def payload_hash(payload: Any) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
+    with open(handle, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    Path(partial).chmod(0o644)  # mkstemp's files are for their owner alone
+    Path(partial).replace(path)
 
 
 def _read_json(path: Path) -> Any:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mglmm.datasets_scripts.annotation.answer_cache import AnswerCache, CachedClient, ReplayClient
-from mglmm.datasets_scripts.annotation.chat import ChatRequest, ChatResult, RequestFailed, text_message
+from mglmm.datasets_scripts.annotation.answer_cache import AnswerCache, CachedClient
+from mglmm.datasets_scripts.annotation.chat import ChatRequest, ChatResult, RequestFailed, RunStopped, text_message
 
 KEYS = [digit * 64 for digit in "0123456789abcdef"]
 ONE = ChatResult("a dog", "stop", 10, 2)
@@ -232,23 +232,24 @@ def test_an_answer_is_kept_though_nobody_waits_for_it_any_more(tmp_path: Path) -
             with pytest.raises(asyncio.CancelledError):
                 await impatient
             scripted.may_answer.set()
-            await client.drain()
             assert await client.complete(request()) == ONE
             assert scripted.calls == 1
 
     asyncio.run(run())
 
 
-def test_a_replay_asks_nobody(tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a failed image it would cost the answers of all that follow."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     async def run() -> None:
         with AnswerCache(tmp_path, "x") as cache:
-            cache.put(request("known").key("m"), ONE, "m")
-            client = ReplayClient("m", cache)
-            assert await client.complete(request("known")) == ONE
-            with pytest.raises(RequestFailed, match="^not in the cache$"):
-                await client.complete(request("new"))
-            other = ReplayClient("another model", cache)
-            with pytest.raises(RequestFailed):
-                await other.complete(request("known"))
+            scripted = Scripted(lambda: ONE)
+            scripted.may_answer.set()
+            monkeypatch.setattr(cache, "put", full)
+            with pytest.raises(RunStopped, match="^answers cannot be kept: No space left on device$"):
+                await CachedClient(scripted, cache).complete(request())
 
     asyncio.run(run())

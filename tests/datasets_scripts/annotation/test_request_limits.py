@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mglmm.datasets_scripts.annotation.chat import BudgetSpent
+from mglmm.datasets_scripts.annotation.chat import BudgetSpent, Interrupted
 from mglmm.datasets_scripts.annotation.request_limits import RequestLimits
 
 
@@ -197,3 +197,19 @@ def test_a_cancelled_request_gives_its_place_and_its_reservation_back() -> None:
 def test_limits_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be at least 1, not 0$"):
         RequestLimits(**{name: 0})
+
+
+def test_who_waits_for_a_turn_is_let_go_by_a_stop() -> None:
+    """Or requests that have not gone out would still do so minutes after an interrupt, one by one."""
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        limits = RequestLimits(requests_per_minute=1, stop=stop)
+        await limits.attempt()
+        waiting = asyncio.create_task(limits.attempt())
+        await asyncio.sleep(0)
+        stop.set()
+        with pytest.raises(Interrupted, match="^stopped by a signal$"):
+            await waiting
+
+    asyncio.run(run())

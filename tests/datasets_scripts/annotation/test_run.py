@@ -188,6 +188,37 @@ def test_what_is_broken_fails_alone_and_is_retried_alone(tmp_path: Path) -> None
         assert (again.done, again.kept, again.requests) == (0, 5, 0)
 
 
+def test_a_retry_that_is_interrupted_goes_on_with_the_same_questions(images: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("whole", "interrupted")]
+    for run in runs:
+        with chat_server(knowing_answer, [(always, "refuse")]) as server:
+            assert annotate(images, run, server).failed == 4
+    with chat_server(knowing_answer) as server:
+        assert annotate(images, runs[0], server, retry=True).done == 4
+        asked = {received.hash for received in server.requests}
+    with chat_server(knowing_answer) as server:
+        spent = sum(
+            json.loads(line)["prompt_tokens"] + json.loads(line)["completion_tokens"] for line in cache_lines(runs[1])
+        )
+        assert isinstance(
+            annotate(images, runs[1], server, retry=True, max_total_tokens=spent + 5_000).stopped, BudgetSpent
+        )
+        assert annotate(images, runs[1], server, retry=True).failed == 0
+        assert {received.hash for received in server.requests} == asked and len(server.requests) == len(asked)
+    assert files_of(runs[0]) == files_of(runs[1])
+
+
+def test_a_dry_run_leaves_a_run_as_it_is(images: Path, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", AnnotationConfig()
+    with chat_server(knowing_answer) as server:
+        annotate(images, run, server)
+    other = Annotator(model="another", base_url="http://127.0.0.1:9/v1")
+    items = list_work(Source("sa1b", images), run, config, other, begin=False)
+    assert plan_run(items, run, config, "another", num_proc=1).estimate.requests == 4 * (REQUESTS_PER_IMAGE + 1)
+    assert plan_run(items, run, config, "loopback", num_proc=1).finished == 4
+    assert read_run(run)[2].model == "loopback"
+
+
 def test_other_settings_ask_only_what_they_change(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fewer = AnnotationConfig(context=ContextConfig(max_subtrees=0))
@@ -201,7 +232,7 @@ def test_other_settings_ask_only_what_they_change(images: Path, tmp_path: Path) 
 def test_a_dry_run_counts_the_requests_and_makes_none(images: Path, tmp_path: Path) -> None:
     config, who = AnnotationConfig(), Annotator(model="loopback", base_url="http://127.0.0.1:9/v1")
     items = list_work(Source("sa1b", images), tmp_path, config, who, shard=(0, 1), limit=None)
-    plan = plan_run(items, tmp_path, config, num_proc=1)
+    plan = plan_run(items, tmp_path, config, "loopback", num_proc=1)
     assert (plan.images, plan.finished, plan.broken.total()) == (4, 0, 0)
     assert plan.estimate.requests == 4 * (
         REQUESTS_PER_IMAGE + 1
@@ -343,12 +374,20 @@ def test_an_image_that_was_interrupted_is_not_failed(images: Path, tmp_path: Pat
     assert len(finished) < 4 and set(finished) <= {"done"}
 
 
+def test_a_key_in_the_address_is_refused_before_anything_is_written() -> None:
+    with pytest.raises(ValueError, match="^the address of the server holds more than scheme, host and path") as error:
+        Annotator(model="m", base_url=f"https://me:{KEY}@host/v1")
+    assert KEY not in str(error.value)
+
+
 def test_another_source_needs_another_folder(images: Path, tmp_path: Path) -> None:
     who = Annotator(model="loopback")
     list_work(Source("sa1b", images), tmp_path / "run", AnnotationConfig(), who, shard=(0, 1), limit=None)
     other = write_images(tmp_path / "other", 1)
     with pytest.raises(ValueError, match="was begun with sa1b of .*: choose another folder for this source"):
         list_work(Source("sa1b", other), tmp_path / "run", AnnotationConfig(), who, shard=(0, 1), limit=None)
+    with pytest.raises(ValueError, match="lies in .*, whose files are read"):
+        list_work(Source("sa1b", other), other / "run", AnnotationConfig(), who)
     with pytest.raises(ValueError, match="shard 2/2 does not exist"):
         list_work(Source("sa1b", images), tmp_path / "run", AnnotationConfig(), who, shard=(2, 2), limit=None)
 

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -71,10 +72,16 @@ def test_settings_from_sections() -> None:
     ("values", "message"),
     [
         ({"geometri": {}}, "unknown section geometri; known: geometry, labeling, merging, context"),
+        ([1], "settings are sections such as geometry, not a list"),
+        ({"geometry": 5}, "geometry is no section of settings: 5"),
+        ({"geometry": {"max_nodes": "ten"}}, "geometry.max_nodes is 'ten', which is no int"),
+        ({"geometry": {"containment": 1.5}}, "geometry.containment is 1.5, but must be from 0 to 1"),
+        ({"labeling": {"attempts": 0}}, "labeling.attempts is 0, which is too small"),
+        ({"merging": {"no_merge_labels": "person"}}, "no_merge_labels is 'person', which is no list of names"),
         ({"context": {"max_subtree": 1}}, "context: unknown max_subtree; known: max_root_targets, "),
     ],
 )
-def test_unknown_settings_are_named(values: dict, message: str) -> None:
+def test_wrong_settings_are_named(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AnnotationConfig.from_dict(values)
 
