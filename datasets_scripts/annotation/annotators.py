@@ -58,14 +58,14 @@ class Annotator:
 
 
 class Gate:
-    """Lets so many requests through at a time, and none any more once `stop` is set; those on their way get home."""
+    """For who answers on this machine: one request at a time, and none any more once `stop` is set."""
 
-    def __init__(self, client: ChatClient, stop: asyncio.Event, concurrency: int):
+    def __init__(self, client: ChatClient, stop: asyncio.Event):
         self.model, self._client, self._stop = client.model, client, stop
-        self._places = asyncio.Semaphore(concurrency)
+        self._turn = asyncio.Lock()
 
     async def complete(self, request: ChatRequest) -> ChatResult:
-        async with self._places:
+        async with self._turn:
             if self._stop.is_set():
                 raise Interrupted("stopped by a signal")
             return await self._client.complete(request)
@@ -85,22 +85,21 @@ async def open_client(
         workers: How many processes share the limits; each gets its part.
     """
     with AnswerCache(cache_folder, shard) as cache:
-        concurrency = max(1, annotator.concurrency // workers)
         if annotator.kind == "rules":
-            yield CachedClient(Gate(RuleAnnotator(), stop, concurrency), cache)
+            yield CachedClient(Gate(RuleAnnotator(), stop), cache)
         elif annotator.kind == "local":
             from .local_model import LocalModelClient
 
             local = LocalModelClient(annotator.model_name)
             try:
-                yield CachedClient(Gate(local, stop, 1), cache)
+                yield CachedClient(Gate(local, stop), cache)
             finally:
                 await local.close()
         else:
             from .openai_client import OpenAIClient
 
             limits = RequestLimits(
-                concurrency=concurrency,
+                concurrency=max(1, annotator.concurrency // workers),
                 requests_per_minute=_share(annotator.requests_per_minute, workers),
                 tokens_per_minute=_share(annotator.tokens_per_minute, workers),
                 # What is left is shared out; what the cache holds has been spent by all of them.
@@ -117,7 +116,7 @@ async def open_client(
                 max_retries=annotator.max_retries,
             )
             try:
-                yield CachedClient(Gate(client, stop, concurrency), cache)
+                yield CachedClient(client, cache)
             finally:
                 await client.close()
 

@@ -98,9 +98,9 @@ class RequestLimits:
         waiting, stopped = asyncio.ensure_future(turn), asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if waiting.done():
-                return waiting.result()
-            raise Interrupted("stopped by a signal")
+            if self._stop.is_set():
+                raise Interrupted("stopped by a signal")
+            return waiting.result()
         finally:
             for task in (waiting, stopped):
                 task.cancel()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from .records import Contexts, Geometry, Labels, Tree
-from .store import ImageFolder, Status, finished_images
+from .store import ImageFolder, Status, finished_images, read_plan
 
 NOT_WHOLE = "a stage file is missing or broken"
 
@@ -42,11 +41,8 @@ class Result(NamedTuple):
 
 def read_settings(run: Path) -> RunSettings:
     """Raises `ValueError` if the folder is of no run."""
-    try:
-        plan = json.loads((run / "run.json").read_text("utf-8"))
-        return RunSettings(Path(plan["image_root"]), str(plan["model"]), str(plan["source"]["kind"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run} is no folder of `mglmm annotate run` ({type(error).__name__})") from error
+    plan = read_plan(run)
+    return RunSettings(Path(plan["image_root"]), plan["model"], plan["source"]["kind"])
 
 
 def read_results(run: Path) -> Iterator[Result]:

@@ -30,9 +30,8 @@ from .dense_context import estimate_contexts
 from .image_run import annotate_image, made_from, make_geometry, next_round
 from .inputs import ImageItem, Kind, find_images, image_root
 from .object_labeling import estimate_labeling
-from .store import ImageFolder, Status, shard_of, write_atomically
+from .store import RUN_FILE, ImageFolder, Status, read_plan, shard_of, write_atomically
 
-RUN_FILE = "run.json"
 NO_MEMORY = "a process of the geometry died: if memory was short, try --num-proc 1"
 
 
@@ -154,7 +153,7 @@ def list_work(
     }
     file = run / RUN_FILE
     if file.is_file():
-        begun = json.loads(file.read_text("utf-8"))["source"]
+        begun = read_plan(run)["source"]
         if begun != plan["source"]:
             raise ValueError(
                 f"{run} was begun with {begun['kind']} of {begun['annotations']}: choose another folder for this source"
@@ -166,17 +165,14 @@ def list_work(
 
 def read_run(run: Path) -> tuple[Source, AnnotationConfig, Annotator]:
     """What a run was last started with. Raises `ValueError` if the folder is of no run."""
-    try:
-        plan = json.loads((run / RUN_FILE).read_text("utf-8"))
-        source = plan["source"]
-        images = Path(source["images"]) if source["images"] else None
-        return (
-            Source(source["kind"], Path(source["annotations"]), images),
-            AnnotationConfig.from_dict(plan["config"]),
-            Annotator(**plan["annotator"]),
-        )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} is no folder of `mglmm annotate run` ({type(error).__name__})") from error
+    plan = read_plan(run)
+    source = plan["source"]
+    images = Path(source["images"]) if source["images"] else None
+    return (
+        Source(source["kind"], Path(source["annotations"]), images),
+        AnnotationConfig.from_dict(plan["config"]),
+        Annotator(**plan["annotator"]),
+    )
 
 
 def run_local(

@@ -24,6 +24,7 @@ from .config import digest_of
 
 STAGES = ("geometry", "labels", "tree", "contexts")  # each is made from the one before
 SCHEMA = 1
+RUN_FILE = "run.json"
 Stage = Literal["geometry", "labels", "tree", "contexts"]
 
 
@@ -80,6 +81,14 @@ def finished_images(run: Path) -> Iterator[tuple[ImageFolder, Status]]:
             found.append(status)
     for status in sorted(found, key=lambda status: status["image_id"]):
         yield ImageFolder(run, status["image_id"]), status
+
+
+def read_plan(run: Path) -> Any:
+    """What `run.json` holds. Raises `ValueError` if the folder is of no run."""
+    plan = _read_json(run / RUN_FILE)
+    if not isinstance(plan, dict) or not {"source", "image_root", "model", "config", "annotator"} <= plan.keys():
+        raise ValueError(f"{run} is no folder of `mglmm annotate run`")
+    return plan
 
 
 def shard_of(image_id: str, count: int) -> int:

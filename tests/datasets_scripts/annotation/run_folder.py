@@ -89,7 +89,13 @@ def write_run(run: Path, image_root: Path, *, model: str = "a-model", kind: str 
     """The file that says what the run was begun with."""
     run.mkdir(parents=True, exist_ok=True)
     image_root.mkdir(parents=True, exist_ok=True)
-    plan = {"image_root": str(image_root.resolve()), "model": model, "source": {"kind": kind}}
+    plan = {
+        "image_root": str(image_root.resolve()),
+        "model": model,
+        "source": {"kind": kind},
+        "config": {},
+        "annotator": {},
+    }
     (run / "run.json").write_text(json.dumps(plan))
     return run
 
