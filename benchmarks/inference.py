@@ -201,12 +201,14 @@ def bare_parts(
     vision = run("vision tower", lambda: modules.vision_tower(pixel_values, output_hidden_states=True))
     layers = config.vision_feature_layer
     side = pixel_values.shape[-1] // config.vision_config.patch_size
-    states = [vision.hidden_states[i][:, -(side**2) :] for i in ([layers] if isinstance(layers, int) else layers)]
+    layers, details = [layers] if isinstance(layers, int) else layers, config.pixel_detail_layers or []
+    states = [vision.hidden_states[i][:, -(side**2) :] for i in [*layers, *details]]
     if config.normalize_vision_features:
         states = [F.layer_norm(state, state.shape[-1:]) for state in states]
-    grid = torch.cat(states, dim=-1).unflatten(1, (side, side))
+    grid = torch.cat(states[: len(layers)], dim=-1).unflatten(1, (side, side))
     if config.share_vision_tower:
-        embeddings = run("pixel neck", lambda: modules.pixel_neck(grid))
+        pixels = torch.cat(states, dim=-1).unflatten(1, (side, side))
+        embeddings = run("pixel neck", lambda: modules.pixel_neck(pixels))
     else:
         sam_pixel_values = inputs["sam_pixel_values"]
         embeddings = run("pixel encoder", lambda: modules.pixel_encoder(sam_pixel_values)).last_hidden_state

@@ -33,6 +33,11 @@ class UscdfConfig(datasets.BuilderConfig):
         answers (`str`, *optional*, defaults to `"uscdf"`):
             `"plain"` leaves the phrases out of answers to questions that name their targets: `Sure, [SEG].` instead of
             `Sure, <p> the hat </p> [SEG].`, the style before USCDF (ablation of the paper's Table 7).
+        augment (`int`, *optional*, defaults to 0):
+            How many other views of each training image to add (mirrored, cropped, in other colours; `augmentation`), in
+            families that draw their questions from labelled masks. Rows for evaluation are never augmented.
+        augmented_dir (`str`, *optional*):
+            Folder for the pictures of these views, by default one in the builder's cache.
     """
 
     seed: int = 0
@@ -40,6 +45,8 @@ class UscdfConfig(datasets.BuilderConfig):
     images: Literal["embed", "path"] = "embed"
     limit: int | None = None
     answers: Literal["uscdf", "plain"] = "uscdf"
+    augment: int = 0
+    augmented_dir: str | None = None
 
 
 class UscdfBuilder(datasets.GeneratorBasedBuilder):
@@ -56,6 +63,7 @@ class UscdfBuilder(datasets.GeneratorBasedBuilder):
     SOURCE: str = ""  # the value of the rows' `source` column
     LICENSE: str = "unknown"  # of the annotations and images, for the card
     ROWS_PER_ITEM: int = 4  # about, of one variant
+    AUGMENTS: bool = False  # whether the option `augment` is for it
 
     def items(self) -> dict[str, Sequence[Any]]:
         """Split -> its items: small keys that pickle, such as image ids or file names."""
@@ -73,13 +81,24 @@ class UscdfBuilder(datasets.GeneratorBasedBuilder):
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=FEATURES)
 
+    @classmethod
+    def check_augment(cls, augment: int) -> None:
+        """Raises `ValueError` if the family cannot add so many views of an image."""
+        if augment < 0:
+            raise ValueError(f"augment is a number of views, at least 0, not {augment}")
+        if augment and not cls.AUGMENTS:
+            raise ValueError(
+                f"augment={augment} needs a family that draws its questions from labelled masks, such as photos or "
+                f"coco_instances; the texts of {cls.__name__} are given: use augment=0"
+            )
+
     @property
     def data_dir(self) -> Path:
         return Path(self.config.data_dir).resolve()
 
     def items_per_shard(self, rows: int) -> int:
         """How many items make about so many rows."""
-        return max(1, rows // (self.ROWS_PER_ITEM * self.config.variants))
+        return max(1, rows // (self.ROWS_PER_ITEM * self.config.variants * (1 + self.config.augment)))
 
     def tables(self, path: Path, **tables: tuple[str, str]) -> JsonTables:
         """A large JSON file as `JsonTables` in this builder's cache."""
@@ -91,7 +110,8 @@ class UscdfBuilder(datasets.GeneratorBasedBuilder):
         return random.Random("/".join(map(str, (self.config.seed, *key))))
 
     def split_items(self) -> dict[str, list[Any]]:
-        """`items`, within the limit. Raises `ValueError` if there is none at all."""
+        """`items`, within the limit. Raises `ValueError` if there is none at all, or `augment` is not for this family."""
+        self.check_augment(self.config.augment)
         self.skipped: Counter[str] = Counter()
         items = {split: list(of_split)[: self.config.limit] for split, of_split in self.items().items()}
         if not any(items.values()):

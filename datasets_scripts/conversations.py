@@ -8,37 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mglmm.datasets_scripts import templates
-from mglmm.datasets_scripts.labels import BODY, CARRIED, Noun
+from mglmm.datasets_scripts import scene_templates, templates
+from mglmm.datasets_scripts.labels import BODY, CARRIED
+from mglmm.datasets_scripts.targets import Target
 from mglmm.datasets_scripts.templates import capitalise, choose, loosen
-from mglmm.processing.uscdf import render_list, render_phrase
+from mglmm.processing.uscdf import parse, render_list, render_phrase
 
+SPECIAL_SHARE = 1 / 6  # of the turns of a conversation
 MAX_MENTIONS = 10  # of a description; more would be longer than the small language models hold together
-
-
-@dataclass(frozen=True)
-class Target:
-    """All instances of one label in an image; parts: of one label below owners of one label.
-
-    Attributes:
-        noun: What it is called.
-        count: Number of instances merged in `mask`.
-        owner: What it is a part of, for parts.
-        owner_count: Number of such owners in the image.
-        shared: Whether other targets of the image have the same name, so that the owner must be named.
-        mask: COCO compressed RLE of the union of the instances, or `None` for a thing that is absent.
-        area: Pixels of the union.
-        box: Bounding box of the union, xywh in pixels.
-    """
-
-    noun: Noun
-    count: int = 1
-    owner: Noun | None = None
-    owner_count: int = 1
-    shared: bool = False
-    mask: dict[str, Any] | None = None
-    area: int = 0
-    box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +33,7 @@ class Turn:
     regions: tuple[tuple[float, float, float, float], ...] = ()
 
 
-def _masks(targets: Iterable[Target]) -> tuple[Mapping[str, Any], ...]:
+def masks_of(targets: Iterable[Target]) -> tuple[Mapping[str, Any], ...]:
     return tuple(target.mask for target in targets if target.mask is not None)
 
 
@@ -76,13 +53,18 @@ def definite(rng: random.Random, target: Target, *, every: float = 0.3) -> str:
     return f"{target.owner.possessive(target.owner_count)} {name}" if draw < 0.6 else f"the {name}"
 
 
-def _reworded(rng: random.Random, target: Target) -> Target:
+def reworded(rng: random.Random, target: Target) -> Target:
+    """The target, now and then by another word for the same thing."""
     return replace(target, noun=target.noun.reworded(rng))
 
 
-def ask_for_one(rng: random.Random, target: Target, *, follow_up: bool = False) -> Turn:
-    """A question for one target and its answer: the mask, or a refusal that names what was asked for."""
-    target = _reworded(rng, target)
+def ask_for_one(rng: random.Random, target: Target, *, follow_up: bool = False, varied: bool = False) -> Turn:
+    """A question for one target and its answer: the mask, or a refusal that names what was asked for.
+
+    Args:
+        varied: Use the phrasings of training too, which no question of the benchmark has.
+    """
+    target = reworded(rng, target)
     draw = rng.random()
     if follow_up and rng.random() < 0.4:
         query, questions = definite(rng, target), templates.FOLLOW_UP_QUESTIONS
@@ -92,20 +74,43 @@ def ask_for_one(rng: random.Random, target: Target, *, follow_up: bool = False) 
         query = target.noun.indefinite()
         questions = templates.SEARCH_QUESTIONS_PLURAL if target.noun.is_plural() else templates.SEARCH_QUESTIONS
     else:
-        query, questions = definite(rng, target), templates.DEFINITE_QUESTIONS
+        query = definite(rng, target)
+        questions = templates.TRAINING_QUESTIONS if varied else templates.DEFINITE_QUESTIONS
     question = loosen(rng, choose(rng, questions).format(x=query))
     if target.mask is None:
         named = target.noun.indefinite() if questions is templates.BARE_QUESTIONS else query
         if named.startswith("all the "):
             named = f"any {target.noun.bare(target.count)}"
-        return Turn(question, _refusal(rng, [named], target))
+        return Turn(question, refusal(rng, [named], target))
     answer = choose(rng, templates.PRESENT_ANSWERS, first=0.6)
-    return Turn(question, answer.format(p=render_phrase(query)), _masks([target]))
+    return Turn(question, answer.format(p=render_phrase(query)), masks_of([target]))
+
+
+def ask_by_phrase(
+    rng: random.Random,
+    phrase: str,
+    target: Target,
+    questions: tuple[str, ...] = templates.TRAINING_QUESTIONS,
+    *,
+    query: str | None = None,
+) -> Turn:
+    """A question for a target that is there, called by `phrase`; where the question says `query`, the answer names it."""
+    question = loosen(rng, choose(rng, questions).format(x=query or phrase))
+    answer = choose(rng, templates.PRESENT_ANSWERS, first=0.6)
+    return Turn(question, answer.format(p=render_phrase(phrase)), masks_of([target]))
+
+
+def paraphrase(rng: random.Random, target: Target) -> Turn:
+    """`ask_for_one`, in words of which none is used in training."""
+    query = definite(rng, reworded(rng, target))
+    answer = choose(rng, templates.PRESENT_ANSWERS, first=0.6)
+    question = rng.choice(templates.PARAPHRASES).format(x=query)
+    return Turn(question, answer.format(p=render_phrase(query)), masks_of([target]))
 
 
 def ask_for_several(rng: random.Random, targets: Sequence[Target]) -> Turn:
     """One question for several targets, in the given order; those without a mask are refused by name after the others."""
-    targets = [_reworded(rng, target) for target in targets]
+    targets = [reworded(rng, target) for target in targets]
     bare = rng.random() < 0.15 and not any(target.shared for target in targets)
     queries = [target.noun.bare(target.count) if bare else definite(rng, target, every=0.0) for target in targets]
     questions = templates.BARE_QUESTIONS[3:] if bare else templates.SEVERAL_QUESTIONS
@@ -117,16 +122,16 @@ def ask_for_several(rng: random.Random, targets: Sequence[Target]) -> Turn:
         if target.mask is None
     ]
     if not present:
-        return Turn(question, _refusal(rng, absent))
+        return Turn(question, refusal(rng, absent))
     answer = choose(rng, templates.SEVERAL_ANSWERS if len(present) > 1 else templates.PRESENT_ANSWERS, first=0.6)
     answer = answer.format(p=render_list([query for query, _ in present]))
     if absent:
         answer += " " + choose(rng, templates.PARTLY_ABSENT_TAILS).format(y=listed(absent, "or"))
-    return Turn(question, answer, _masks(target for _, target in present))
+    return Turn(question, answer, masks_of(target for _, target in present))
 
 
-def _refusal(rng: random.Random, queries: Sequence[str], target: Target | None = None) -> str:
-    """`target` is given where a bare "there is no hat" denies all that was asked for."""
+def refusal(rng: random.Random, queries: Sequence[str], target: Target | None = None) -> str:
+    """An answer without a mask. `target` is given where a bare "there is no hat" denies all that was asked for."""
     answers = templates.ABSENT_ANSWERS
     if target is None or target.owner is not None and target.noun.name != queries[0].split(" ", 1)[-1]:
         answers = tuple(answer for answer in answers if "{none}" not in answer)
@@ -140,15 +145,19 @@ def refer(
     parts: Sequence[Target],
     absent: Callable[[random.Random], Target | None],
     turns: int,
+    special: Callable[[random.Random], Turn | None],
 ) -> list[Turn]:
     """A conversation of up to `turns` turns: objects, parts, several at once, absent (about 1 in 4) and partly absent.
 
-    `absent` draws a thing that is not in the image, or `None` if nothing can be said to be absent.
+    Args:
+        absent: Draws a thing that is not in the image, or `None` if nothing can be said to be absent.
+        special: Draws a question that says more than a label, or `None` if there is nothing to say; about 1 in 6.
     """
     left_objects, left_parts = list(objects), list(parts)
     rng.shuffle(left_objects)
     rng.shuffle(left_parts)
     refused: set[str] = set()
+    said: set[str] = set()
     conversation: list[Turn] = []
 
     def take() -> Target:
@@ -163,11 +172,16 @@ def refer(
         return target
 
     while len(conversation) < turns:
+        turn = special(rng) if rng.random() < SPECIAL_SHARE else None
+        if turn is not None and not _phrases(turn) & said:
+            conversation.append(turn)
+            said |= _phrases(turn)
+            continue
         draw = rng.random()
         left = len(left_objects) + len(left_parts)
         missing = draw_absent() if draw < 0.35 or left == 0 else None
         if missing is not None and (draw < 0.25 or left == 0):
-            conversation.append(ask_for_one(rng, missing, follow_up=bool(conversation)))
+            conversation.append(ask_for_one(rng, missing, follow_up=bool(conversation), varied=True))
         elif missing is not None:
             asked = [take() for _ in range(min(left, rng.choice((1, 1, 2, 3))))]
             asked.insert(rng.randint(0, len(asked)), missing)
@@ -175,14 +189,21 @@ def refer(
         elif left >= 2 and draw > 0.8:
             conversation.append(ask_for_several(rng, [take() for _ in range(min(left, rng.choice((2, 2, 3, 3, 4))))]))
         elif left:
-            conversation.append(ask_for_one(rng, take(), follow_up=bool(conversation)))
+            conversation.append(ask_for_one(rng, take(), follow_up=bool(conversation), varied=True))
         else:
             break
     return conversation
 
 
-def describe_image(rng: random.Random, objects: Sequence[Target]) -> Turn:
-    """A panoptic description of the `MAX_MENTIONS` largest targets, from left to right or from large to small."""
+def describe_image(
+    rng: random.Random, objects: Sequence[Target], *, coloured: bool = False, placed: bool = False
+) -> Turn:
+    """A panoptic description of the `MAX_MENTIONS` largest targets, from left to right or from large to small.
+
+    Args:
+        coloured: Say the colours that are known.
+        placed: Say what is on the left and on the right, where that is clear.
+    """
     chosen = sorted(objects, key=lambda target: -target.area)[:MAX_MENTIONS]
     if rng.random() < 0.5:
         chosen.sort(key=lambda target: target.box[0] + target.box[2] / 2)
@@ -192,24 +213,41 @@ def describe_image(rng: random.Random, objects: Sequence[Target]) -> Turn:
     carried = [target for target in chosen if person is not None and target.noun.name in CARRIED]
     if person is not None and carried:
         mentioned += [person, *carried]
-        sentences.append(
-            f"{_tagged(person)} with {render_list([target.noun.indefinite(target.count) for target in carried])}"
-        )
+        sentences.append(f"{_first_mentions([person], coloured)} with {_first_mentions(carried, coloured)}")
         chosen = [target for target in chosen if target not in mentioned]
+    beside: dict[str, list[Target]] = {}
+    if placed:
+        for place in scene_templates.PLACE_OPENINGS:
+            # The first sentence says what the picture shows, so something is left for it.
+            there = [target for target in chosen if target.place == place][:4]
+            if there and (sentences or len(chosen) > len(there)):
+                beside[place] = there
+                chosen = [target for target in chosen if target not in there]
     # Long enumerations are hard to read and to learn: at most four things a sentence, of about equal number.
     groups = -(-len(chosen) // 4)
     for group in range(groups):
         members = chosen[group * len(chosen) // groups : (group + 1) * len(chosen) // groups]
         mentioned += members
-        sentences.append(render_list([target.noun.indefinite(target.count) for target in members]))
+        sentences.append(_first_mentions(members, coloured))
     openings = [choose(rng, templates.PANOPTIC_OPENINGS, first=0.4)]
     openings += rng.sample(templates.PANOPTIC_MORE, len(sentences) - 1)
+    for place, there in beside.items():
+        mentioned += there
+        sentences.append(_first_mentions(there, coloured))
+        openings.append(choose(rng, scene_templates.PLACE_OPENINGS[place]))
     answer = " ".join(opening.format(p=phrases) for opening, phrases in zip(openings, sentences, strict=True))
-    return Turn(loosen(rng, choose(rng, templates.PANOPTIC_QUESTIONS)), answer, _masks(mentioned))
+    return Turn(loosen(rng, choose(rng, templates.PANOPTIC_QUESTIONS)), answer, masks_of(mentioned))
 
 
-def describe_parts(rng: random.Random, target: Target, parts: Sequence[Target]) -> Turn:
-    """A fine-grained description of one object by its up to `MAX_MENTIONS` largest parts, from top to bottom."""
+def describe_parts(
+    rng: random.Random, target: Target, parts: Sequence[Target], *, coloured: bool = False, varied: bool = False
+) -> Turn:
+    """A fine-grained description of one object by its up to `MAX_MENTIONS` largest parts, from top to bottom.
+
+    Args:
+        coloured: Say the colours that are known: of what a person wears, else of the object.
+        varied: Use the phrasings of training too, which no answer of the benchmark has.
+    """
     chosen = sorted(parts, key=lambda part: -part.area)[:MAX_MENTIONS]
     chosen.sort(key=lambda part: part.box[1] + part.box[3] / 2)
     is_person = target.noun.name == "person"
@@ -221,32 +259,37 @@ def describe_parts(rng: random.Random, target: Target, parts: Sequence[Target]) 
     question = loosen(rng, choose(rng, questions).format(x=whole))
     if not is_person:
         answers = templates.FINE_ANSWERS_PLURAL if plural else templates.FINE_ANSWERS
+        answers += scene_templates.MORE_FINE_ANSWERS if varied else ()
+        whole = target.named(coloured=coloured).definite(target.count)
         phrases = render_list([part.noun.definite(part.count) for part in chosen])
         answer = choose(rng, answers, first=0.5).format(x=whole, p=phrases)
-        return Turn(question, capitalise(answer), _masks(chosen))
+        return Turn(question, capitalise(answer), masks_of(chosen))
     worn = [part for part in chosen if part.noun.name not in BODY]
     body = [part for part in chosen if part.noun.name in BODY]
     sentences = []
     if worn:
-        wears = choose(rng, templates.WEARS_PLURAL if plural else templates.WEARS, first=0.6)
-        sentences.append(wears.format(x=whole, p=render_list([part.noun.indefinite(part.count) for part in worn])))
+        wears: tuple[str, ...] = templates.WEARS_PLURAL if plural else templates.WEARS
+        wears += scene_templates.MORE_WEARS if varied else ()
+        sentences.append(choose(rng, wears, first=0.6).format(x=whole, p=_first_mentions(worn, coloured)))
     if body:
         template = choose(rng, templates.BODY_AFTER if worn else templates.BODY_ONLY, first=0.6)
         sentences.append(template.format(x=whole, p=render_list([part.noun.definite(part.count) for part in body])))
-    return Turn(question, " ".join(map(capitalise, sentences)), _masks((*worn, *body)))
+    return Turn(question, " ".join(map(capitalise, sentences)), masks_of((*worn, *body)))
 
 
-def caption(rng: random.Random, objects: Sequence[Target], parts: Sequence[Target]) -> Turn:
-    """A short caption in plain text: up to four things, a lone person with what they wear."""
+def caption(rng: random.Random, objects: Sequence[Target], parts: Sequence[Target], *, coloured: bool = False) -> Turn:
+    """A short caption in plain text: up to four things, a lone person with what they wear; `coloured` as far as known."""
     chosen = sorted(objects, key=lambda target: -target.area)[:4]
     names = []
     for target in chosen:
-        name = target.noun.indefinite(target.count)
+        name = target.named(coloured=coloured).indefinite(target.count)
         worn = [part for part in parts if part.owner == target.noun and part.noun.name not in BODY]
         if target.noun.name == "person" and target.count == 1 and worn:
             worn = sorted(worn, key=lambda part: -part.area)[:3]
-            name += f" wearing {listed([part.noun.indefinite(part.count) for part in worn])}"
-            carried = [other.noun.indefinite(other.count) for other in chosen if other.noun.name in CARRIED]
+            name += f" wearing {listed([part.named(coloured=coloured).indefinite(part.count) for part in worn])}"
+            carried = [
+                other.named(coloured=coloured).indefinite(other.count) for other in chosen if other.noun.name in CARRIED
+            ]
             if carried:
                 names = [f"{name}, with {listed(carried)}"]
                 break
@@ -255,5 +298,9 @@ def caption(rng: random.Random, objects: Sequence[Target], parts: Sequence[Targe
     return Turn(loosen(rng, choose(rng, templates.CAPTION_QUESTIONS)), answer)
 
 
-def _tagged(target: Target) -> str:
-    return render_phrase(target.noun.indefinite(target.count))
+def _phrases(turn: Turn) -> set[str]:
+    return {mention.phrase for mention in parse(turn.answer).mentions}
+
+
+def _first_mentions(targets: Sequence[Target], coloured: bool) -> str:
+    return render_list([target.named(coloured=coloured).indefinite(target.count) for target in targets])

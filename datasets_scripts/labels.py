@@ -185,6 +185,48 @@ BODY = frozenset(
 CARRIED = frozenset({"bag", "purse", "wallet", "handbag", "backpack"})
 
 
+# Parts that are asked for in vain where their owner is absent: what everybody knows these things to have.
+PARTS: dict[str, tuple[str, ...]] = {
+    "airplane": ("wing", "tail", "engine", "nose"),
+    "bear": ("head", "ear", "paw"),
+    "bed": ("headboard", "mattress"),
+    "bicycle": ("wheel", "saddle", "handlebar", "pedal"),
+    "bird": ("wing", "beak", "tail"),
+    "boat": ("mast", "sail", "bow"),
+    "bus": ("wheel", "windshield", "door"),
+    "cat": ("tail", "paw", "ear"),
+    "chair": ("back", "seat", "leg"),
+    "clock": ("face", "hand"),
+    "dog": ("tail", "paw", "ear", "nose"),
+    "elephant": ("trunk", "ear", "tusk", "tail"),
+    "giraffe": ("neck", "head", "leg"),
+    "horse": ("tail", "head", "mane", "leg"),
+    "house": ("roof", "door", "window"),
+    "keyboard": ("space bar", "enter key"),
+    "kite": ("tail", "string"),
+    "knife": ("blade", "handle"),
+    "laptop": ("screen", "keyboard"),
+    "microwave": ("door", "handle"),
+    "motorcycle": ("wheel", "seat", "handlebar"),
+    "oven": ("door", "handle"),
+    "refrigerator": ("door", "handle"),
+    "sheep": ("head", "ear", "tail"),
+    "skateboard": ("wheel", "deck"),
+    "surfboard": ("fin", "nose"),
+    "teddy bear": ("ear", "paw", "nose"),
+    "tennis racket": ("handle", "strings"),
+    "toaster": ("cord", "lever"),
+    "toilet": ("lid", "seat"),
+    "train": ("wheel", "windshield", "door"),
+    "truck": ("wheel", "windshield", "door"),
+    "umbrella": ("handle", "canopy"),
+    "vase": ("rim", "handle"),
+    "wine glass": ("stem", "rim"),
+    "zebra": ("tail", "mane", "head"),
+}
+PLURAL |= {"strings"}
+
+
 @dataclass(frozen=True)
 class Noun:
     """A noun and how it counts.
@@ -225,6 +267,9 @@ class Noun:
     def none(self, count: int = 1) -> str:
         """A clause that denies it: "there is no hat", "there are no shoes"."""
         return f"there {'are' if self.is_plural(count) else 'is'} no {self.bare(count)}"
+
+    def coloured(self, colour: str) -> "Noun":
+        return replace(self, name=f"{colour} {self.name}")
 
     def reworded(self, rng: random.Random, share: float = 0.25) -> "Noun":
         """The noun itself, or in `share` of the draws another word for the same thing."""

@@ -28,7 +28,7 @@ import numpy as np
 from mglmm.processing.rle import encode_mask
 
 from .builder import reason_of
-from .conversations import Target, Turn, describe_parts
+from .conversations import Turn, describe_parts
 from .labels import readable
 from .layouts import coco_images
 from .masks import Rle, read_index_image, rle_of, union
@@ -36,6 +36,7 @@ from .scene import AbsentLabels, Label, Scene, Vocabulary
 from .scene_builder import Record
 from .semantic import CategorisedScenes, LabelledScenes
 from .sources import first_existing, inside, read_json
+from .targets import Target
 
 ADE_ROOTS = ("", "ADE20K_2021_17_01/", "ade20k/", "dataset/ADE20K_2021_17_01/")
 NO_CLASS = 0
@@ -339,6 +340,8 @@ class PascalPart(PartAnnotations):
         self, scene: Scene, absent: AbsentLabels, generator: Callable[..., Random]
     ) -> Iterator[tuple[str, list[Turn]]]:
         yield from super().turns(scene, absent, generator)
+        if self.config.name == "paraphrases":
+            return  # of questions, not of descriptions
         owners = {part.owner: len(scene.parts_of(Target(part.owner))) for part in scene.parts if part.owner}
         if owners:
             whole = Target(max(owners, key=lambda noun: owners[noun]))

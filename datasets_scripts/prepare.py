@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ def prepare(
     limit: int | None = None,
     num_proc: int | None = None,
     answers: Literal["uscdf", "plain"] = "uscdf",
+    augment: int = 0,
 ) -> Summary:
     """
     Prepare a dataset in its original layout as USCDF Parquet. Started again after a kill, it goes on where it was.
@@ -73,18 +75,30 @@ def prepare(
         limit: Use only the first items of each split.
         num_proc: Number of processes, by default one for each core.
         answers: "plain" for the answer style before USCDF.
+        augment: How many other views of each training image to add, in families that draw their questions from labelled
+            masks. With `images="path"` their pictures lie in `output/augmented`.
 
     Raises:
-        ValueError: the name is unknown, no item is usable, or `output` was begun with other options.
+        ValueError: the name is unknown, the family cannot be augmented, no item is usable, or `output` was begun with other
+            options.
         FileNotFoundError: the data folder lacks the annotations.
         FileExistsError: the output folder holds something else.
     """
     if name not in BUILDERS:
         raise ValueError(f"unknown dataset {name!r}; known: {', '.join(BUILDERS)}")
+    BUILDERS[name].check_augment(augment)
     output, data_dir = Path(output), Path(data_dir).resolve()
     if not data_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {data_dir}")
-    options = {"images": images, "variants": variants, "seed": seed, "limit": limit, "answers": answers}
+    options = {
+        "images": images,
+        "variants": variants,
+        "seed": seed,
+        "limit": limit,
+        "answers": answers,
+        "augment": augment,
+        "augmented_dir": str(output.resolve() / "augmented") if augment and images == "path" else None,
+    }
     work = _begin(output, {"name": name, "data_dir": str(data_dir), **options})
     builders = {
         config: BUILDERS[name](cache_dir=str(work), config_name=config, data_dir=str(data_dir), **options)
@@ -150,7 +164,12 @@ def write_shard(builder: UscdfBuilder, shard: Shard) -> None:
     builder.skipped = Counter()
     rows = masks = 0
     embed = builder.config.images == "embed"
-    with ParquetWriter(features=FEATURES, path=str(partial), writer_batch_size=1000, embed_local_files=embed) as writer:
+    with (
+        tempfile.TemporaryDirectory(dir=shard.done.parent) as pictures,
+        ParquetWriter(features=FEATURES, path=str(partial), writer_batch_size=1000, embed_local_files=embed) as writer,
+    ):
+        if embed:  # augmented pictures are needed until they are in the shard
+            builder.config.augmented_dir = pictures
         for item in shard.items:
             for row in builder.usable_rows(item):
                 writer.write(row)

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from pycocotools import mask as mask_utils
+from scipy import ndimage
 
-from mglmm.datasets_scripts.conversations import Target
-from mglmm.datasets_scripts.labels import CARRIED, ELSEWHERE, Noun, confusable, readable
+from mglmm.datasets_scripts.labels import CARRIED, ELSEWHERE, PARTS, Noun, confusable, readable
+from mglmm.datasets_scripts.targets import Target
 from mglmm.processing.rle import check_size, decode_mask
 
 MIN_OBJECT_AREA = 60  # pixels of the union of all instances
 MIN_PART_AREA = 30
+MAX_INSTANCES = 4  # that are told apart
+MIN_CONNECTED = 0.9  # of the pixels of an instance of a part; the rest is another part in the same mask
 DENSE_COVERAGE = 0.9  # share of the image below labels from which on everything in it is taken as labelled
 
 
@@ -50,6 +54,16 @@ class Scene:
 
     def parts_of(self, target: Target) -> list[Target]:
         return [part for part in self.parts if part.owner == target.noun]
+
+    @property
+    def most_divided(self) -> Target | None:
+        """The object with most parts; `None` if none has any."""
+        whole = max(self.objects, key=lambda target: len(self.parts_of(target)), default=None)
+        return whole if whole is not None and self.parts_of(whole) else None
+
+    def owner_of(self, part: Target) -> Target | None:
+        """What the part belongs to, where it can be asked for."""
+        return next((target for target in self.objects if target.noun == part.owner), None)
 
 
 def read_scene(image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]]) -> Scene:
@@ -102,6 +116,7 @@ def read_scene(image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]
                 mask={"size": size, "counts": mask["counts"].decode("ascii")},
                 area=area,
                 box=tuple(mask_utils.toBbox(mask).tolist()),
+                instances=_instances(nouns[label.name], members, nouns[label.owner] if is_part else None),
             )
         )
     tops = [annotation["segmentation"] for annotation in annotations if annotation["level"] != "part"]
@@ -178,6 +193,16 @@ class AbsentLabels:
         count = 2 if noun.kind == "count" and not label.owner and rng.random() < 0.15 else 1
         return Target(noun=noun, count=count, owner=readable(label.owner) if label.owner else None)
 
+    def draw_part(self, rng: random.Random) -> Target | None:
+        """A part of a thing that is absent itself: "the wing of the airplane"; `None` if there is none in `PARTS`."""
+        labels = {**self.other_source, **self.same_source}
+        owners = [label.name for label in labels if not label.owner and label.name in PARTS]
+        if not owners:
+            return None
+        owner = rng.choice(owners)
+        # Shared, so that the owner is named: another thing's wing may be there.
+        return Target(noun=readable(rng.choice(PARTS[owner])), owner=readable(owner), shared=True)
+
     def _may_lack(self, label: Label, *, own: bool) -> bool:
         if label.name in self._taken:
             return False
@@ -201,6 +226,40 @@ def _check(annotation: Mapping[str, Any], by_id: Mapping[int, Mapping[str, Any]]
         raise ValueError(f"{name}: mask size {annotation['segmentation']['size']}, image size {size} (height, width)")
     if not decode_mask(annotation["segmentation"]).any():
         raise ValueError(f"{name}: empty mask")
+
+
+def _instances(noun: Noun, members: Sequence[Mapping[str, Any]], owner: Noun | None) -> tuple[Target, ...]:
+    """The instances of a label, from left to right; none if they are too many, too small, or not one thing each."""
+    if noun.kind != "count" or not 2 <= len(members) <= MAX_INSTANCES:
+        return ()
+    if any(member.get("iscrowd") for member in members) or len({member["parent_id"] for member in members}) > 1:
+        return ()
+    targets = []
+    limit = MIN_PART_AREA if owner else MIN_OBJECT_AREA
+    for member in members:
+        segmentation = member["segmentation"]
+        if owner and _largest_share(decode_mask(segmentation)) < MIN_CONNECTED:
+            return ()
+        rle = _union([segmentation])
+        area = int(mask_utils.area(rle))
+        if area < limit:
+            return ()
+        targets.append(
+            Target(
+                noun=noun,
+                owner=owner,
+                mask={"size": list(segmentation["size"]), "counts": segmentation["counts"]},
+                area=area,
+                box=tuple(mask_utils.toBbox(rle).tolist()),
+            )
+        )
+    return tuple(sorted(targets, key=lambda target: target.centre))
+
+
+def _largest_share(mask: np.ndarray) -> float:
+    """Share of the pixels of a mask that its largest connected piece has."""
+    pieces, _ = ndimage.label(mask)
+    return float(np.bincount(pieces[mask]).max() / mask.sum())
 
 
 def _union(rles: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -81,6 +81,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         config="benchmark",
         answers_parity=False,
     ),
+    "photos_paraphrased": Benchmark(
+        "held-out photographs, asked in words that training never used",
+        "photos",
+        {"object": 48, "part": 48},
+        config="paraphrases",
+        answers_parity=False,
+    ),
     "refcoco": replace(_EXPRESSIONS, title="RefCOCO"),
     "refcoco+": replace(_EXPRESSIONS, title="RefCOCO+"),
     "refcocog": replace(_EXPRESSIONS, title="RefCOCOg"),

@@ -193,7 +193,7 @@ def _ask(
         settings |= {
             "model": model,
             "checkpoint_sha256": _checkpoint_hash(folder),
-            "data_sha256": _data_hash(rows),
+            "data_sha256": data_hash(rows),
             "regions": "as boxes" if sees_regions else "cropped out of the picture",
         }
         _claim(output / "settings.json", settings)
@@ -257,7 +257,7 @@ def _claim(path: Path, settings: Mapping[str, Any]) -> None:
 def _settings_beside(file: Path, settings: dict[str, Any], rows: datasets.Dataset) -> dict[str, Any]:
     """The settings that predictions were made with, as far as they are known. Raises if they are of other data."""
     settings = {**settings, "model": None, "checkpoint_sha256": None, "predictions_sha256": _file_hash(file).hex()}
-    settings["data_sha256"] = _data_hash(rows)
+    settings["data_sha256"] = data_hash(rows)
     path = file.with_name("settings.json")
     if not path.is_file():
         return settings | {"dtype": None, "generation": None}
@@ -356,7 +356,7 @@ def _file_hash(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _data_hash(data: datasets.Dataset) -> str:
+def data_hash(data: datasets.Dataset) -> str:
     """SHA-256 of the rows without their pictures."""
     digest = hashlib.sha256()
     for row in data.remove_columns("image"):

@@ -106,6 +106,9 @@ def prepare(
     answers: Annotated[
         Literal["uscdf", "plain"], typer.Option("--format", help="'plain' leaves the phrases out of the answers.")
     ] = "uscdf",
+    augment: Annotated[
+        int, typer.Option(min=0, help="Other views of each training image: mirrored, cropped, in other colours.")
+    ] = 0,
 ) -> None:
     """Turn a dataset into USCDF Parquet files that load_dataset opens."""
     from .datasets_scripts.prepare import prepare as prepare_dataset
@@ -120,6 +123,7 @@ def prepare(
         limit=limit,
         num_proc=num_proc,
         answers=answers,
+        augment=augment,
     )
     print(summary)
 
@@ -286,6 +290,22 @@ def evaluate(
         from .evaluation.push import push_results
 
         print(push_results(results, push))
+
+
+@app.command()
+def gallery(
+    evaluation: Annotated[Path, typer.Argument(help="Folder that `mglmm evaluate` wrote, of the benchmark photos.")],
+    data: Annotated[str, typer.Option(help="Folder or hub id of the prepared data that it measured.")],
+    output: Annotated[Path, typer.Option(help="Folder for gallery.md and the pictures in gallery/.")],
+    number: Annotated[int, typer.Option(min=1, help="Answers of each kind.")] = 2,
+    pictures: Annotated[
+        Literal["masks", "photographs"], typer.Option(help="Draw on plain paper, or over photographs for your own use.")
+    ] = "masks",
+) -> None:
+    """Show the best, median and worst held-out answers, chosen by rule."""
+    from .evaluation.gallery import make_gallery
+
+    print(make_gallery(evaluation, data, output, number=number, pictures=pictures))
 
 
 @app.command("import-weights")

@@ -62,8 +62,14 @@ class MglmmConfig(PreTrainedConfig):
         image_token_stride (`int`, *optional*, defaults to 1):
             Average each stride x stride square of patch tokens into one image token of the language model.
         pixel_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
-            Like `vision_feature_layer`, for a pixel encoder given by `pixel_config`. A shared tower is read once, at
+            Like `vision_feature_layer`, for a pixel encoder given by `pixel_config`. A shared tower is read at
             `vision_feature_layer`.
+        pixel_detail_layers (`list[int]`, *optional*):
+            Hidden states of a shared tower that the masks see beside those of `vision_feature_layer` and the language
+            model does not: an early block still knows what lies where within a patch.
+        pixel_neck_blocks (`int`, *optional*, defaults to 0):
+            Residual ConvNeXt blocks (https://arxiv.org/abs/2201.03545) after SAM's neck, for a frozen encoder that was
+            not trained to segment: SAM's neck itself is linear but for its normalisation.
 
     Parameters of the region encoder (GLaMM), which turns boxes into tokens of the language model:
         region_feature_layers (`list[int]`, *optional*):
@@ -114,6 +120,8 @@ class MglmmConfig(PreTrainedConfig):
     normalize_vision_features: bool = False
     image_token_stride: int = 1
     pixel_feature_layer: int | list[int] = -1
+    pixel_detail_layers: list[int] | None = None
+    pixel_neck_blocks: int = 0
     region_feature_layers: list[int] | None = None
     region_hidden_size: int = 1024
     region_scale: int | None = None
@@ -163,6 +171,16 @@ class MglmmConfig(PreTrainedConfig):
                     f"SAM's vision encoder gives a grid of side {grid[0]} with {grid[1]} channels but its mask decoder needs "
                     f"side {prompt.image_embedding_size} with {prompt.hidden_size} channels"
                 )
+        if self.pixel_detail_layers is not None and not (self.share_vision_tower and self.pixel_detail_layers):
+            raise ValueError(
+                "pixel_detail_layers are layers of a shared tower: name at least one with share_vision_tower=True, or leave "
+                "them unset"
+            )
+        if self.pixel_neck_blocks < 0 or self.pixel_neck_blocks and not (self.share_vision_tower or self.pixel_config):
+            raise ValueError(
+                f"pixel_neck_blocks ({self.pixel_neck_blocks}) belong to the neck of a shared tower or of pixel_config; SAM's "
+                "own encoder has none"
+            )
         if self.vision_feature_layer == [] or self.pixel_feature_layer == []:
             raise ValueError("vision_feature_layer and pixel_feature_layer must name at least one layer")
         if self.region_feature_layers is not None:

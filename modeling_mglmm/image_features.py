@@ -25,8 +25,9 @@ class MglmmImageFeatures(ModelOutput):
         vision_hidden_states (`torch.Tensor` of shape `(images, tokens, channels)`):
             Selected and concatenated hidden states of the vision tower.
         pixel_hidden_states (`torch.Tensor`, *optional*):
-            `(images, hidden, h, w)` from SAM's vision encoder or `(images, h * w, channels)` from another backbone.
-            `None` when the vision tower is shared: its hidden states then serve both.
+            `(images, hidden, h, w)` from SAM's vision encoder or `(images, h * w, channels)` from another backbone. When
+            the vision tower is shared its hidden states serve both, and these are those of `pixel_detail_layers`, or
+            `None`.
         region_hidden_states (`torch.Tensor` of shape `(images, levels, tokens, channels)`, *optional*):
             Patch tokens of the layers that regions are read from, where the model has a region encoder.
     """
@@ -55,15 +56,16 @@ class MglmmImageMixin:
         """
         config = self.config
         layers = _as_list(config.vision_feature_layer)
-        region_layers = config.region_feature_layers or []
-        states = self._hidden_states(self.vision_tower, pixel_values, [*layers, *region_layers])
-        vision = torch.cat(states[: len(layers)], dim=-1)
+        detail_layers, region_layers = config.pixel_detail_layers or [], config.region_feature_layers or []
+        states = self._hidden_states(self.vision_tower, pixel_values, [*layers, *detail_layers, *region_layers])
+        vision, states = torch.cat(states[: len(layers)], dim=-1), states[len(layers) :]
         if config.vision_feature_select_strategy == "default":
             vision = _patches_of(vision, self.vision_tower, pixel_values)
-        region = None
+        pixel = region = None
+        if detail_layers:
+            pixel = _patches_of(torch.cat(states[: len(detail_layers)], dim=-1), self.vision_tower, pixel_values)
         if region_layers:
-            region = _patches_of(torch.stack(states[len(layers) :], dim=1), self.vision_tower, pixel_values)
-        pixel = None
+            region = _patches_of(torch.stack(states[len(detail_layers) :], dim=1), self.vision_tower, pixel_values)
         if sam_pixel_values is not None and self.pixel_encoder is not None:
             if len(sam_pixel_values) != len(pixel_values):
                 raise ValueError(
@@ -96,8 +98,9 @@ class MglmmImageMixin:
         pixel = None
         if self.pixel_neck is None:
             pixel = torch.zeros((1, config.sam_config.prompt_encoder_config.hidden_size, *size), device=device)
-        elif not config.share_vision_tower:
-            pixel = torch.zeros((1, size[0] * size[1], self.pixel_neck.conv1.in_channels), device=device)
+        else:
+            own = self.pixel_neck.conv1.in_channels - (vision.shape[-1] if config.share_vision_tower else 0)
+            pixel = torch.zeros((1, size[0] * size[1], own), device=device) if own else None
         return MglmmImageFeatures(vision_hidden_states=vision, pixel_hidden_states=pixel)
 
     # ------------------------------------------------------------------ trainable part
@@ -108,8 +111,11 @@ class MglmmImageMixin:
 
     def has_pixels(self, image_features: MglmmImageFeatures | None) -> bool:
         """Whether masks can be decoded from these features."""
+        config = self.config
         return image_features is not None and (
-            self.config.share_vision_tower or image_features.pixel_hidden_states is not None
+            image_features.pixel_hidden_states is not None
+            or config.share_vision_tower
+            and config.pixel_detail_layers is None
         )
 
     def project_image_features(self, image_features: MglmmImageFeatures) -> torch.Tensor:
@@ -231,9 +237,11 @@ class MglmmImageMixin:
     def get_image_embeddings(self, image_features: MglmmImageFeatures) -> torch.Tensor:
         """SAM's image embeddings, float32 `(images, hidden, h, w)`."""
         if not self.has_pixels(image_features):
-            raise ValueError("masks need sam_pixel_values (or image_features made with them)")
-        shared = self.config.share_vision_tower
-        states = image_features.vision_hidden_states if shared else image_features.pixel_hidden_states
+            raise ValueError("masks need sam_pixel_values (or image_features that this very model made with them)")
+        states = image_features.pixel_hidden_states
+        if self.config.share_vision_tower:
+            parts = (image_features.vision_hidden_states, states)
+            states = torch.cat([part for part in parts if part is not None], dim=-1)
         states = states.float()
         size = self.prompt_encoder.image_embedding_size
         grid = states.shape[1] if self.pixel_neck is not None else states.shape[-2] * states.shape[-1]

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoModel, PreTrainedModel, SamVisionConfig
+from transformers import AutoModel, ConvNextConfig, PreTrainedModel, SamVisionConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.convnext.modeling_convnext import ConvNextLayer
 from transformers.models.sam.modeling_sam import (
     SamAttention,
     SamFeedForward,
@@ -32,6 +33,7 @@ from .losses import MglmmLossMixin
 from .outputs import MglmmModelOutput, MglmmOutput
 from .region_encoder import MglmmRegionEncoder
 
+BLOCK_SCALE = 1e-2  # of a fresh block's share in the sum: nearly none, so that it may join a trained neck
 PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -57,6 +59,21 @@ class MglmmProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(hidden_states)))
 
 
+class MglmmPixelNeck(SamVisionNeck):
+    """SAM's neck, `(images, h, w, in_channels)` to `(images, out_channels, h, w)`, and residual blocks after it."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int):
+        super().__init__(SamVisionConfig(hidden_size=in_channels, output_channels=out_channels))
+        block = ConvNextConfig(layer_scale_init_value=BLOCK_SCALE)
+        self.blocks = nn.ModuleList([ConvNextLayer(block, out_channels) for _ in range(num_blocks)])
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = super().forward(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
 def _is_kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -75,7 +92,7 @@ class MglmmPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    _no_split_modules = ["SamMaskDecoder", "SamVisionNeck", "MglmmRegionEncoder"]
+    _no_split_modules = ["SamMaskDecoder", "MglmmPixelNeck", "MglmmRegionEncoder"]
     # By names from the root: no quantisation of transformers touches these.
     _keep_in_fp32_modules = {"model.mask_projector", "model.prompt_encoder", "model.mask_decoder", "model.pixel_neck"}
     _keep_in_fp32_modules_strict = {"mask_projector", "prompt_encoder", "mask_decoder", "pixel_neck"}
@@ -99,6 +116,8 @@ class MglmmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SamFeedForward):
             for layer in (module.proj_in, *module.layers, module.proj_out):
                 init.xavier_uniform_(layer.weight)
+        elif isinstance(module, ConvNextLayer):
+            init.constant_(module.layer_scale_parameter, BLOCK_SCALE)
         elif isinstance(module, MglmmRegionEncoder):
             module.init_parameters()
 
@@ -129,8 +148,9 @@ class MglmmModel(MglmmImageMixin, MglmmPreTrainedModel):
             if config.pixel_config is not None:
                 self.pixel_encoder = AutoModel.from_config(config.pixel_config)
                 channels = config.pixel_config.hidden_size * num_layers(config.pixel_feature_layer)
-            neck = SamVisionConfig(hidden_size=channels, output_channels=sam.prompt_encoder_config.hidden_size)
-            self.pixel_neck = SamVisionNeck(neck)
+            elif config.pixel_detail_layers is not None:
+                channels += vision.hidden_size * num_layers(config.pixel_detail_layers)
+            self.pixel_neck = MglmmPixelNeck(channels, sam.prompt_encoder_config.hidden_size, config.pixel_neck_blocks)
         else:
             self.pixel_encoder = AutoModel.from_config(sam.vision_config)
         self.multi_modal_projector = MglmmProjector(

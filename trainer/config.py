@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -18,7 +19,8 @@ PARTS = ("vision_tower", "language_model", "sam", "processor")
 QUANTIZATIONS = ("4bit", "8bit")
 STAGES = {  # of training before the last; each takes the fields of MglmmTrainingArguments and these
     "mask_warmup": ("masks_per_image",),
-    "refusal_warmup": ("questions_per_image",),
+    "answer_warmup": ("conversations_per_image",),
+    "mask_path": ("masks_per_image", "conversations", "source_weights", "phrase_weights"),
 }
 
 
@@ -57,8 +59,13 @@ class RunConfig:
         streaming (`bool`, *optional*, defaults to `False`): Read the datasets as streams; needs `training.max_steps`.
         mask_warmup (`dict`, *optional*): Fields of `MglmmTrainingArguments` for a first stage that trains neck and mask
             decoder alone (see `mask_warmup.py`), plus `masks_per_image`. Needs `training.cache_image_features`.
-        refusal_warmup (`dict`, *optional*): The same for a second stage that teaches the language model to tell what is
-            there from what is not (see `refusal_warmup.py`), plus `questions_per_image`.
+        answer_warmup (`dict`, *optional*): The same for a second stage that teaches the language model its answers, and to
+            tell what is there from what is not (see `answer_warmup.py`), plus `conversations_per_image`.
+        mask_path (`dict`, *optional*): The same for a third stage that trains the mask path alone on the frozen language
+            model's states (see `mask_stage.py`), plus `masks_per_image` (5), `conversations` (6000, the rows whose states
+            are computed), `source_weights` (of pictures, by the source of their rows) and `phrase_weights` (of masks, by
+            the last word of their phrase), 1 where not named. Needs `max_steps`. After it `training.max_steps: 0` leaves
+            the joint stage out.
         adapter (`str`, *optional*): Folder of an adapter of the same model to go on from; what it lacks starts fresh.
         language_model_dtype (`str`, *optional*, defaults to `"float32"`): Of the frozen language-model weights.
         quantization (`str`, *optional*): `"4bit"` or `"8bit"` for the frozen language model (needs bitsandbytes).
@@ -71,7 +78,8 @@ class RunConfig:
     rows_per_epoch: int | None = None
     streaming: bool = False
     mask_warmup: dict[str, Any] | None = None
-    refusal_warmup: dict[str, Any] | None = None
+    answer_warmup: dict[str, Any] | None = None
+    mask_path: dict[str, Any] | None = None
     adapter: str | None = None
     language_model_dtype: str = "float32"
     quantization: str | None = None
@@ -98,6 +106,8 @@ def read_config(path: str | Path, overrides: list[str]) -> RunConfig:
     for stage, more in STAGES.items():
         if values.get(stage) is not None:
             check_names(values[stage], [*known, *more], f"{path}: {stage}")
+    if values.get("mask_path") is not None:
+        check_mask_path(values["mask_path"], f"{path}: mask_path")
     config = RunConfig(**values)
     if not config.data:
         raise ValueError(f"{path}: data names no dataset")
@@ -148,6 +158,27 @@ def read_data(values: Any, where: str) -> list[DataConfig]:
                 if isinstance(number, bool | str | list):
                     raise ValueError(f"{where}: {name} of {item['path']} holds {number!r}, which is no number")
     return [DataConfig(**item) for item in items]
+
+
+def check_mask_path(values: dict[str, Any], where: str) -> None:
+    check_present(values, ("max_steps",), where)  # draws by weight have no epochs
+    for name in ("max_steps", "masks_per_image", "conversations"):
+        if type(value := values.get(name, 1)) is not int or value < 1:
+            raise ValueError(f"{where}: {name} must be a whole number above zero, got {value!r}")
+    for name in ("source_weights", "phrase_weights"):
+        weights = values.get(name, {})
+        if not isinstance(weights, dict):
+            raise ValueError(f"{where}: {name} must be a mapping of names to weights, got {weights!r}")
+        for key, weight in weights.items():
+            if isinstance(weight, bool) or not (isinstance(weight, int | float) and 0 < weight < math.inf):
+                raise ValueError(
+                    f"{where}: {name} gives {key!r} the weight {weight!r}, which must be a number above zero"
+                )
+
+
+def has_joint_stage(config: RunConfig, args: MglmmTrainingArguments) -> bool:
+    """Whether a joint stage ends the run: all but one that says `max_steps: 0` after the stage `mask_path`."""
+    return config.mask_path is None or args.max_steps != 0
 
 
 def check_present(values: dict[str, Any], required: tuple[str, ...], where: str) -> None:

@@ -114,6 +114,6 @@ def _fingerprint(model: MglmmForConditionalGeneration, processor: MglmmProcessor
         processor.sam_image_mean,
         processor.sam_image_std,
     ]
-    settings += [config.region_feature_layers] if config.region_feature_layers else []
+    settings += [layers for layers in (config.region_feature_layers, config.pixel_detail_layers) if layers]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.digest()

@@ -23,7 +23,7 @@ from mglmm.modeling_mglmm.sam_checkpoint import load_sam_checkpoint
 from mglmm.processing import MglmmProcessor
 from mglmm.processing.uscdf import CONTROL_TOKENS, PHRASE_END, PHRASE_START, SEG_TOKEN
 
-from .config import DTYPES, RunConfig, training_arguments
+from .config import DTYPES, STAGES, RunConfig, has_joint_stage, training_arguments
 from .memory_estimate import STRATEGIES, ModuleCount, Strategy, count_parameters, estimate_memory
 from .plan_data import (
     ASSUMED_ANSWER,
@@ -38,6 +38,7 @@ from .plan_data import (
     largest_batch,
     shares_of,
 )
+from .stages import split_settings
 from .trainable import make_trainable
 from .training_args import MglmmTrainingArguments
 
@@ -167,7 +168,7 @@ def plan(config: RunConfig, num_processes: int = 1, strategy: Strategy = "ddp") 
     if epoch is None and all(rows.number is not None for rows in found):
         epoch = sum(rows.number or 0 for rows in found)
     steps: int | None = args.max_steps
-    if args.max_steps <= 0:
+    if args.max_steps <= 0 and has_joint_stage(config, args):
         steps = None if epoch is None else math.ceil(math.ceil(epoch / rows_per_step) * args.num_train_epochs)
     means = np.stack([rows.sizes.mean(axis=0) for rows in found])
     per_step = rows_per_step * shares @ means
@@ -189,6 +190,14 @@ def plan(config: RunConfig, num_processes: int = 1, strategy: Strategy = "ddp") 
     if any(rows.number is None for rows in found):
         text, masks = ASSUMED_PROMPT + ASSUMED_ANSWER, ASSUMED_MASKS
         notes.append(f"a row of data that is not here is taken for one image, {text} tokens of text and {masks} masks")
+    for stage in STAGES:
+        if (values := getattr(config, stage)) is not None:
+            own = split_settings(stage, {**values, "use_cpu": True})[0]
+            length = f"{own.max_steps:,} steps" if own.max_steps > 0 else f"{own.num_train_epochs:g} epochs"
+            images = own.per_device_train_batch_size * own.gradient_accumulation_steps * num_processes
+            notes.append(f"the stage {stage} comes before, {length} of {images:,} images")
+    if not has_joint_stage(config, args):
+        notes.append("no joint stage follows: the memory is what it would need")
     optimizer = OptimizerNames(args.optim).value
     if not optimizer.startswith("adamw_torch"):
         notes.append(f"optimizer states are counted as those of AdamW in float32, {optimizer} may need less")

@@ -15,11 +15,21 @@ from torch import nn
 from mglmm.modeling_mglmm import MglmmForConditionalGeneration
 from mglmm.processing import MglmmProcessor
 
+from .answer_warmup import AnswerCollator, AnswerWarmup, ImageConversations, deciding_tokens
 from .checkpoints import last_checkpoint
 from .config import STAGES, training_arguments
 from .curves import write_log
+from .data_collator import MglmmDataCollator
 from .feature_cache import FeatureCache
 from .interruption import StopOnSigterm
+from .mask_stage import (
+    MaskCollator,
+    MaskImages,
+    MaskPath,
+    check_sources,
+    conversation_states,
+    draw_conversations,
+)
 from .mask_warmup import (
     MaskWarmup,
     MaskWarmupCollator,
@@ -29,7 +39,7 @@ from .mask_warmup import (
     standardise_prompts,
     words_of_images,
 )
-from .refusal_warmup import ImageQuestions, RefusalCollator, RefusalWarmup, deciding_tokens
+from .mixture import Mixture
 from .stage_trainer import StageTrainer
 from .training_args import MglmmTrainingArguments
 
@@ -71,7 +81,7 @@ def mask_warmup(
     model.load_state_dict(load_file(result), strict=False)
 
 
-def refusal_warmup(
+def answer_warmup(
     model: PeftModel,
     processor: MglmmProcessor,
     rows: Dataset,
@@ -81,15 +91,47 @@ def refusal_warmup(
     *,
     output_dir: Path,
 ) -> None:
-    """Trains LoRA and the image projector of `model` (see `refusal_warmup.py`), or loads what an earlier run made."""
-    result = output_dir / "refusal_warmup.safetensors"
+    """Trains LoRA and the image projector of `model` (see `answer_warmup.py`), or loads what an earlier run made."""
+    result = output_dir / "answer_warmup.safetensors"
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not result.is_file():
-        images = ImageQuestions(rows)
+        images = ImageConversations(rows)
         decision = deciding_tokens(processor, images.openings)
-        wrapper = RefusalWarmup(model, decision)
-        collator = RefusalCollator(processor, cache, decision, own.get("questions_per_image", 16))
+        wrapper = AnswerWarmup(model, decision)
+        collator = AnswerCollator(processor, cache, decision, own.get("conversations_per_image", 16))
         _train(StageTrainer(wrapper, args, collator, images), model, result)
+    model.load_state_dict(load_file(result), strict=False)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+
+
+def mask_path(
+    model: PeftModel,
+    collator: MglmmDataCollator,
+    rows: Mixture,
+    cache: FeatureCache,
+    args: MglmmTrainingArguments,
+    own: dict[str, Any],
+    *,
+    seed: int,
+    output_dir: Path,
+) -> None:
+    """
+    Trains the mask path of `model` (see `mask_stage.py`), or loads what an earlier run made of it.
+
+    `collator` is that of the joint stage, `seed` that of the run.
+    """
+    result = output_dir / "mask_path.safetensors"
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not result.is_file():
+        source_weights, phrase_weights = own.get("source_weights", {}), own.get("phrase_weights", {})
+        check_sources(rows, source_weights)
+        numbers = draw_conversations(rows, own.get("conversations", 6000), seed)
+        states = conversation_states(model, rows, collator, numbers, Path(str(args.output_dir)) / "states")
+        draws = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        images = MaskImages(rows, states, source_weights, phrase_weights, draws, seed)
+        of_images = MaskCollator(collator.processor, cache, own.get("masks_per_image", 5), args.mask_size)
+        _train(StageTrainer(MaskPath(model), args, of_images, images), model, result)
     model.load_state_dict(load_file(result), strict=False)
     for parameter in trainable:
         parameter.requires_grad_(True)

@@ -22,7 +22,7 @@ from mglmm.processing.uscdf import PHRASE_END, PHRASE_START, SEG_TOKEN
 from . import stages
 from .checkpoints import last_checkpoint
 from .checks import examine
-from .config import DTYPES, RunConfig, read_config, training_arguments
+from .config import DTYPES, RunConfig, has_joint_stage, read_config, training_arguments
 from .curves import write_log
 from .data_collator import MglmmDataCollator
 from .doctor import examine_trainable, require
@@ -33,7 +33,7 @@ from .mixture import Mixture, load_mixture
 from .mixture_stream import load_stream
 from .run_card import run_card
 from .trainable import make_trainable
-from .training_args import MglmmTrainingArguments
+from .training_args import MASK_MODULES, MglmmTrainingArguments
 
 NEW_TOKENS = [PHRASE_START, PHRASE_END, SEG_TOKEN]
 NOT_QUANTIZED = r"(?!model\.language_model\.).*"  # everything but the language model, head included
@@ -143,13 +143,14 @@ def check_run(config: RunConfig, args: MglmmTrainingArguments) -> None:
             raise ValueError("a stream has no end: set training.max_steps")
         if config.rows_per_epoch is not None:
             raise ValueError("a stream has no epochs: leave out rows_per_epoch")
-    mask_path = {"mask_projector", "mask_decoder", "pixel_neck"}
-    if config.mask_warmup is not None and (left_out := sorted(mask_path - set(args.trained_modules))):
-        raise ValueError(
-            f"mask_warmup trains {', '.join(left_out)}, which the result would lack: name it in trained_modules"
-        )
-    if config.refusal_warmup is not None and args.lora_r == 0:
-        raise ValueError("refusal_warmup trains LoRA: set training.lora_r above 0")
+    left_out = ", ".join(sorted(set(MASK_MODULES) - set(args.trained_modules)))
+    for stage in ("mask_warmup", "mask_path"):
+        if getattr(config, stage) is not None and left_out:
+            raise ValueError(f"{stage} trains {left_out}, which the result would lack: name it in trained_modules")
+    if config.mask_path is not None and "language_model" in args.trained_modules:
+        raise ValueError("mask_path needs a frozen language model: leave language_model out of trained_modules")
+    if config.answer_warmup is not None and args.lora_r == 0:
+        raise ValueError("answer_warmup trains LoRA: set training.lora_r above 0")
     if config.adapter is not None and "language_model" in args.trained_modules:
         raise ValueError("an adapter cannot be continued in full: merge it first (`mglmm merge`)")
     if args.eval_strategy != "no" and not config.eval_data:
@@ -198,22 +199,26 @@ def run(config: RunConfig) -> Path:
 
     if isinstance(config.model, dict):
         _keep_base(model, processor, output_dir / "base")
-    card = run_card(model, processor, config, args)
+    joint = has_joint_stage(config, args)
+    card = run_card(model, processor, config, args, mask_path=None if joint else stage_args["mask_path"][0])
     new_tokens = processor.tokenizer.convert_tokens_to_ids(NEW_TOKENS)
     set_seed(args.seed)  # here, so that LoRA starts alike whether or not the first stage ran in this process
     trained = make_trainable(model, args, new_tokens)
     if config.adapter is not None:
         load_adapter(cast(PeftModel, trained), config.adapter)
-    if "refusal_warmup" in stage_args and cache is not None:
-        settings = stage_args["refusal_warmup"]
-        stages.refusal_warmup(cast(PeftModel, trained), processor, all_rows, cache, *settings, output_dir=output_dir)
+    if "answer_warmup" in stage_args and cache is not None:
+        settings = stage_args["answer_warmup"]
+        stages.answer_warmup(cast(PeftModel, trained), processor, all_rows, cache, *settings, output_dir=output_dir)
+    limit = args.max_length or model.config.get_text_config().max_position_embeddings
+    collator = MglmmDataCollator(processor, args.mask_size, cache, limit, args.strict)
+    if "mask_path" in stage_args and cache is not None:
+        settings, where = stage_args["mask_path"], {"seed": args.seed, "output_dir": output_dir}
+        stages.mask_path(cast(PeftModel, trained), collator, rows, cache, *settings, **where)
     require(examine_trainable(trained, new_tokens, args))
     for name in ("ce_loss_weight", "bce_loss_weight", "dice_loss_weight"):
         if (weight := getattr(args, name)) is not None:
             setattr(model.config, name, weight)
 
-    limit = args.max_length or model.config.get_text_config().max_position_embeddings
-    collator = MglmmDataCollator(processor, args.mask_size, cache, limit, args.strict)
     sigterm = StopOnSigterm()
     trainer = MglmmTrainer(
         model=trained,
@@ -224,15 +229,17 @@ def run(config: RunConfig) -> Path:
         rows_per_epoch=config.rows_per_epoch,
         callbacks=[sigterm],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))
-    if summary := trainer.skipped_summary():
-        say(summary, flush=True)
-    sigterm.raise_if_received(trainer)
+    if joint:
+        trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))
+        if summary := trainer.skipped_summary():
+            say(summary, flush=True)
+        sigterm.raise_if_received(trainer)
     trainer.save_model(str(output_dir))
     if trainer.is_world_process_zero():
         processor.save_pretrained(output_dir)
         card.save(output_dir / "README.md")  # in place of PEFT's empty form
-        write_log(trainer.state.log_history, output_dir, "training")
+        if joint:
+            write_log(trainer.state.log_history, output_dir, "training")
     return output_dir
 
 

@@ -37,6 +37,8 @@ SEED = 0  # of the fresh parts of the base; what training leaves as it was (noth
 IMAGE_SIZE = 448
 PATCH_SIZE = 14
 FEATURE_LAYERS = [4, 8, 10]  # early edges, then part-level features; the last block is collapsed by saliency tuning
+DETAIL_LAYERS = [1]  # still knows the pixels within a patch
+NECK_BLOCKS = 2
 IMAGE_TOKEN_STRIDE = 4  # 32 x 32 patches -> 64 image tokens
 MASK_CHANNELS = 256
 NO_REPEAT_NGRAM_SIZE = 10  # about one `<p> phrase </p> [SEG], <p>`
@@ -106,6 +108,8 @@ def build_base(gguf: Path, onnx: Path) -> tuple[MglmmForConditionalGeneration, M
         processor,
         pixel_encoder=tower,
         vision_feature_layer=FEATURE_LAYERS,
+        pixel_detail_layers=DETAIL_LAYERS,
+        pixel_neck_blocks=NECK_BLOCKS,
         normalize_vision_features=True,
         image_token_stride=IMAGE_TOKEN_STRIDE,
     )

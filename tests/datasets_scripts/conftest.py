@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mglmm.datasets_scripts.attributes import describe_colours
 from mglmm.datasets_scripts.builder import UscdfBuilder, make_row
 from mglmm.datasets_scripts.hierarchical_coco import HierarchicalCoco
 from mglmm.datasets_scripts.scene import AbsentLabels, read_scene
@@ -31,10 +32,19 @@ def polygon(box: tuple[int, int, int, int]) -> list[int]:
 
 
 def scene_rows(
-    image, annotations, *, vocabulary, seed: int = 0, variants: int = 1, benchmark: bool = False
+    image,
+    annotations,
+    *,
+    vocabulary,
+    seed: int = 0,
+    variants: int = 1,
+    benchmark: bool = False,
+    path: Path | None = None,
 ) -> list[dict]:
-    """The rows of one record, without the columns `image` and `ignore_mask`."""
+    """The rows of one record, without the columns `image` and `ignore_mask`; with the colours of the picture at `path`."""
     scene = read_scene(image, annotations)
+    if path is not None:
+        scene = describe_colours(scene, path)
     absent = AbsentLabels(scene, vocabulary)
 
     def generator(*key: object) -> random.Random:

@@ -111,17 +111,15 @@ def test_instances_of_a_category_are_one_mask(write: Callable[..., CocoScenes]) 
     builder = write(CocoInstances, [instance(18, polygon(DOG)), instance(18, runs(WALL)), instance(17, polygon(CAT))])
     assert builder.split_items() == {"train": [("train", 9)]}
     rows = builder.usable_rows(("train", 9))
-    assert [row["task"] for row in rows] == ["referring", "referring", "panoptic"]
+    assert [row["task"] for row in rows] == ["referring", "referring", "referring", "region", "panoptic"]
     assert rows[0] == {
         "image": str(builder.data_dir / "train2017/000000000009.jpg"),
         "image_id": "9",
         "source": "coco_instances",
         "task": "referring",
         "messages": [
-            {"role": "user", "content": "<image>\nShow the cat with a mask."},
-            {"role": "assistant", "content": "Sure, <p> the cat </p> [SEG]."},
-            {"role": "user", "content": "Now segment all the dogs."},
-            {"role": "assistant", "content": "Of course, <p> all the dogs </p> [SEG]."},
+            {"role": "user", "content": "<image>\nSeparate the cat and the dogs from the rest of the picture."},
+            {"role": "assistant", "content": "The masks show <p> the cat </p> [SEG] and <p> the dogs </p> [SEG]."},
         ],
         "masks": [box_rle(SIZE, CAT), union(DOG, WALL)],
         "regions": [],

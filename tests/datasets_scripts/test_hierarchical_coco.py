@@ -47,46 +47,80 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
     ("image", "benchmark", "index", "task", "turns", "masks"),
     [
         (
-            2,  # a conversation: absent, one, several (both dogs are one mask), then nothing is left but the absent
+            2,  # a conversation: absent, one, several instances in one mask, a noun without an article, partly absent
             False,
             0,
             "referring",
             [
-                ("Show all the people with a mask.", "Sorry, I cannot find any people in this picture."),
-                ("Please segment the sky.", "Sure, <p> the sky </p> [SEG]."),
+                ("i want one single mask of the car.", "Sorry, I cannot find the car in this picture."),
+                ("Cover the sky completely with one mask.", "Sure, <p> the sky </p> [SEG]."),
+                ("Tell me which pixels show all the dogs.", "Sure, <p> all the dogs </p> [SEG]."),
+                ("where: bag", "I looked for a bag, but without success."),
                 (
-                    "Find the dogs and the grass in the picture.",
-                    "Sure, <p> the dogs </p> [SEG] and <p> the grass </p> [SEG].",
+                    "draw a mask over each of these: the grass and the trunk of the car.",
+                    "Of course, <p> the grass </p> [SEG]. I do not see the trunk of the car, though.",
                 ),
-                (
-                    "I want to cut the coat of the person out of this photo.",
-                    "I looked for the coat of the person, but without success.",
-                ),
-                ("Show the bag with a mask.", "Sorry, I cannot find the bag in this picture."),
-                ("And the trunk?", "Sorry, there is no trunk in this photo."),
             ],
             [(SKY,), DOGS, (GRASS,)],
+        ),
+        (
+            1,  # a conversation with a relation
+            False,
+            0,
+            "referring",
+            [
+                ("Trace the outline of the bag", "Sure, <p> the bag </p> [SEG]."),
+                ("What do you see above the jeans? Show me with a mask.", "Sure, <p> the coat </p> [SEG]."),
+                (
+                    "Highlight the person, the person's hair and the jeans of the person, one by one.",
+                    "Sure, <p> the person </p> [SEG], <p> the person's hair </p> [SEG], and "
+                    "<p> the jeans of the person </p> [SEG].",
+                ),
+                ("Outline the coat of the person.", "Sure, <p> the coat of the person </p> [SEG]."),
+            ],
+            [(BAG,), (COAT,), (PERSON,), (HAIR,), (JEANS,), (COAT,)],
         ),
         (
             1,  # one single question
             False,
             1,
             "referring",
-            [("Would you mark the bag for me?", "Sure, <p> the bag </p> [SEG].")],
-            [(BAG,)],
+            [("I would like a mask for the coat.", "Sure, <p> the coat </p> [SEG].")],
+            [(COAT,)],
+        ),
+        (
+            1,  # one for an object as a whole
+            False,
+            2,
+            "referring",
+            [("Segment the person as a whole", "The mask shows <p> the person </p> [SEG].")],
+            [(PERSON,)],
+        ),
+        (
+            3,  # one for one of two instances
+            False,
+            11,
+            "referring",
+            [
+                (
+                    "I want to cut the wheel on the right out of this photo.",
+                    "Sure, <p> the wheel on the right </p> [SEG].",
+                )
+            ],
+            [(WHEELS[1],)],
         ),
         (
             3,  # a question without an article, refused with one
             False,
             1,
             "absent",
-            [("show front glass", "Sorry, I cannot find a front glass in this picture.")],
+            [("show trunk", "Sorry, I cannot find a trunk in this picture.")],
             [],
         ),
         (
             1,  # what is carried goes with the person
             False,
-            2,
+            4,
             "panoptic",
             [
                 (
@@ -99,7 +133,7 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
         (
             2,  # stuff and merged instances, the largest first
             False,
-            2,
+            4,
             "panoptic",
             [
                 (
@@ -112,12 +146,12 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
         (
             1,  # worn things first, then the body; the ring is too small
             False,
-            3,
+            5,
             "fine",
             [
                 (
                     "Describe the person in detail and mark every part.",
-                    "The person wears <p> a coat </p> [SEG] and <p> jeans </p> [SEG]. "
+                    "Looking closely at the person, I see <p> a coat </p> [SEG] and <p> jeans </p> [SEG]. "
                     "One can also see <p> the hair </p> [SEG].",
                 )
             ],
@@ -126,12 +160,12 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
         (
             3,  # parts of a thing, both wheels in one mask
             False,
-            3,
+            9,
             "fine",
             [
                 (
-                    "Give a fine-grained description of the car.",
-                    "The car has <p> the hood </p> [SEG] and <p> the wheels </p> [SEG].",
+                    "Give me a detailed description of the car with a mask for each part.",
+                    "The car shows <p> the hood </p> [SEG] and <p> the wheels </p> [SEG].",
                 )
             ],
             [(HOOD,), WHEELS],
@@ -139,9 +173,9 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
         (
             3,  # plain text
             False,
-            12,
+            16,
             "caption",
-            [("Please summarise the picture.", "The photo shows a car.")],
+            [("Caption this image", "The picture shows a car.")],
             [],
         ),
         (
@@ -307,6 +341,7 @@ def test_all_real_photographs(photos: Path) -> None:
             owner = labels[annotation["parent_id"]] if annotation["level"] == "part" else ""
             unions[labels[annotation["id"]], owner] |= decode_mask(annotation["segmentation"])
         expected = {mask.tobytes() for mask in unions.values()}
+        expected |= {decode_mask(each["segmentation"]).tobytes() for each in annotations}  # one of several
 
         for row in scene_rows(image, annotations, vocabulary=vocabulary, seed=0, variants=1):
             validate_row(row, size)

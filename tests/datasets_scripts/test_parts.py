@@ -109,17 +109,20 @@ def test_objects_parts_and_parts_of_parts_of_ade20k(ade: Callable[..., Ade20kPar
         "source": "ade20k_parts",
         "task": "referring",
         "messages": [
-            {"role": "user", "content": "<image>\nDraw a mask over the wheel of the car."},
-            {"role": "assistant", "content": "Certainly, <p> the wheel of the car </p> [SEG]."},
-            {"role": "user", "content": "Cut out the cars."},
-            {"role": "assistant", "content": "Sure, <p> the cars </p> [SEG]."},
-            {"role": "user", "content": "Separate the handle, the door and the sky from the rest of the picture."},
-            {
-                "role": "assistant",
-                "content": "Sure, <p> the handle </p> [SEG], <p> the door </p> [SEG], and <p> the sky </p> [SEG].",
-            },
+            {"role": "user", "content": "<image>\nshow wheel"},
+            {"role": "assistant", "content": "Certainly, <p> wheel </p> [SEG]."},
+            {"role": "user", "content": "Help me find the cars and the handle in this photograph."},
+            {"role": "assistant", "content": "Sure, <p> the cars </p> [SEG] and <p> the handle </p> [SEG]."},
+            {"role": "user", "content": "Thanks. And the car's door"},
+            {"role": "assistant", "content": "Here you go: <p> the car's door </p> [SEG]."},
+            {"role": "user", "content": "I want to cut the sky out of this photo."},
+            {"role": "assistant", "content": "Sure, <p> the sky </p> [SEG]."},
         ],
-        "masks": [box_rle(SIZE, WHEEL), union(CAR, CAR2), *(box_rle(SIZE, box) for box in (HANDLE, DOOR, SKY))],
+        "masks": [
+            box_rle(SIZE, WHEEL),
+            union(CAR, CAR2),
+            *(box_rle(SIZE, box) for box in (HANDLE, DOOR, SKY)),
+        ],
         "regions": [],
         "ignore_mask": box_rle(SIZE, UNLABELLED),
     }
@@ -128,7 +131,7 @@ def test_objects_parts_and_parts_of_parts_of_ade20k(ade: Callable[..., Ade20kPar
         [union(CAR, CAR2), box_rle(SIZE, SKY)],
     )
     assert described(builder, ITEM, "fine") == (
-        "The cars show <p> the door </p> [SEG] and <p> the wheel </p> [SEG].",
+        "Looking closely at the cars, I see <p> the door </p> [SEG] and <p> the wheel </p> [SEG].",
         [box_rle(SIZE, DOOR), box_rle(SIZE, WHEEL)],
     )
     assert everything(builder, ITEM) == {
@@ -341,13 +344,14 @@ def test_parts_of_pascal_have_no_object_to_ask_for(write: Callable[..., PartAnno
     builder = write(PascalPart, annotations, variants=5)
     assert builder.split_items() == {"train": [TRAIN]}
     rows = builder.usable_rows(TRAIN)
-    assert {row["task"] for row in rows} == {"referring", "fine"}
+    assert {row["task"] for row in rows} == {"referring", "region", "fine"}
     assert described(builder, TRAIN, "fine") == (
         "Of the dog one can see <p> the head </p> [SEG] and <p> the legs </p> [SEG].",
         [box_rle(SIZE, DOOR), union(WHEEL, UNLABELLED)],
     )
     head, legs, head_of_cat = box_rle(SIZE, DOOR), union(WHEEL, UNLABELLED), box_rle(SIZE, SKY)
-    assert all(mask in (head, legs, head_of_cat) for row in rows for mask in row["masks"])
+    one_leg = box_rle(SIZE, WHEEL), box_rle(SIZE, UNLABELLED)
+    assert all(mask in (head, legs, head_of_cat, *one_leg) for row in rows for mask in row["masks"])
     assert builder._vocabulary == {
         "pascal_part": {Label("head", "cat"): 1, Label("head", "dog"): 1, Label("leg", "dog"): 1}
     }

@@ -33,10 +33,17 @@ def test_what_is_prepared_loads_without_code(tiny_dataset: Path, tmp_path: Path,
     expected = [
         row
         for image, annotations in records
-        for row in scene_rows(image, annotations, vocabulary=vocabulary, seed=3, variants=2)
+        for row in scene_rows(
+            image,
+            annotations,
+            vocabulary=vocabulary,
+            seed=3,
+            variants=2,
+            path=tiny_dataset / "images" / image["file_name"],
+        )
     ]
 
-    assert datasets.get_dataset_config_names(str(output)) == ["default", "benchmark"]
+    assert datasets.get_dataset_config_names(str(output)) == ["default", "benchmark", "paraphrases"]
     train = load(output, "default", "train", tmp_path)
     assert train.features == FEATURES
     assert train.remove_columns(["image", "ignore_mask"]).to_list() == expected
@@ -52,10 +59,15 @@ def test_what_is_prepared_loads_without_code(tiny_dataset: Path, tmp_path: Path,
     assert set(validation["image_id"]) == {"3"}
     benchmark = load(output, "benchmark", "validation", tmp_path)
     assert benchmark["task"][:3] == ["object", "part", "part"]
+    paraphrases = load(output, "paraphrases", "validation", tmp_path)
+    assert paraphrases["task"][:] == ["object", "part", "part"]
+    assert paraphrases["masks"][:] == benchmark["masks"][:3]
+    assert paraphrases["messages"][0][0]["content"] != benchmark["messages"][0][0]["content"]
     assert summary.rows == {
         ("default", "train"): len(expected),
         ("default", "validation"): len(validation),
         ("benchmark", "validation"): len(benchmark),
+        ("paraphrases", "validation"): 3,
     }
     assert summary.masks["default", "train"] == sum(len(row["masks"]) for row in expected)
     assert summary.skipped == {"part smaller than 30 pixels": 1}
@@ -65,12 +77,13 @@ def test_the_summary_is_a_table(tiny_dataset: Path, tmp_path: Path) -> None:
     summary = prepare("photos", tiny_dataset, tmp_path / "out", images="path", limit=1)
     lines = str(summary).splitlines()
     assert lines[0].split() == ["config", "split", "rows", "masks"]
-    assert [line.split()[:2] for line in lines[1:4]] == [
+    assert [line.split()[:2] for line in lines[1:5]] == [
         ["default", "train"],
         ["default", "validation"],
         ["benchmark", "validation"],
+        ["paraphrases", "validation"],
     ]
-    assert lines[4:] == ["skipped 1 x part smaller than 30 pixels", f"written to {tmp_path / 'out'}"]
+    assert lines[5:] == ["skipped 1 x part smaller than 30 pixels", f"written to {tmp_path / 'out'}"]
     assert set(load(tmp_path / "out", "default", "train", tmp_path)["image_id"]) == {"1"}  # limit: first image
 
 
@@ -126,7 +139,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tiny_dataset: Path, tmp
     assert (summary.rows, summary.masks, summary.skipped) == (whole.rows, whole.masks, whole.skipped)
     one, other = files_of(output), files_of(tmp_path / "whole")
     del one["README.md"], other["README.md"]  # the summary in it names the folder
-    assert one == other and len(one) == 5
+    assert one == other and len(one) == 6
 
 
 def test_an_output_in_use_is_left_alone(tiny_dataset: Path, tmp_path: Path) -> None:

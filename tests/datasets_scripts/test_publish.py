@@ -88,8 +88,8 @@ def test_the_way_to_the_hub_and_back(tiny_dataset: Path, rows: Path, tmp_path: P
     card = DatasetCard(whole.files["README.md"].decode())
     assert (card.data.license, card.data.pretty_name) == ("other", "photos")
     assert card.data.size_categories == ["n<1K"] and "image-segmentation" in card.data.task_categories
-    assert [config["config_name"] for config in card.data.configs] == ["default", "benchmark"]
-    assert {info["config_name"] for info in card.data.dataset_info} == {"default", "benchmark"}
+    assert [config["config_name"] for config in card.data.configs] == ["default", "benchmark", "paraphrases"]
+    assert {info["config_name"] for info in card.data.dataset_info} == {"default", "benchmark", "paraphrases"}
     assert {"name": "image", "dtype": "image"} in card.data.dataset_info[0]["features"]
     assert f"| `default` | `train` | {count} | {read_contents(rows).masks['default', 'train']} |" in card.text
     assert 'load_dataset("me/hats", "default", split="train")' in card.text and "load_with_images" not in card.text

@@ -95,17 +95,21 @@ def test_ade20k_rows_are_as_written_here(write: Callable[..., ClassMaps]) -> Non
     item = ("train", "ADE_train_1")
     assert builder.split_items() == {"train": [item]}
     rows = builder.usable_rows(item)
-    assert [row["task"] for row in rows] == ["referring", "referring", "panoptic"]
+    assert [row["task"] for row in rows] == ["referring", "referring", "region", "panoptic"]
     assert rows[0] == {
         "image": str(builder.data_dir / "images/training/ADE_train_1.jpg"),
         "image_id": "ADE_train_1",
         "source": "ade20k",
         "task": "referring",
         "messages": [
-            {"role": "user", "content": "<image>\nGive one mask each for the sky and the car."},
-            {"role": "assistant", "content": "Sure, <p> the sky </p> [SEG] and <p> the car </p> [SEG]."},
+            {"role": "user", "content": "<image>\nsky"},
+            {"role": "assistant", "content": "Sure, <p> sky </p> [SEG]."},
+            {"role": "user", "content": "Good, now show me the car."},
+            {"role": "assistant", "content": "Sure, <p> the car </p> [SEG]."},
+            {"role": "user", "content": "From this photo, cut out the car on the left."},
+            {"role": "assistant", "content": "Sure, <p> the car on the left </p> [SEG]."},
         ],
-        "masks": [box_rle(SIZE, TOP), box_rle(SIZE, LEFT)],
+        "masks": [box_rle(SIZE, TOP), box_rle(SIZE, LEFT), box_rle(SIZE, LEFT)],
         "regions": [],
         "ignore_mask": box_rle(SIZE, RIGHT),
     }

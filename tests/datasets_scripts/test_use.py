@@ -62,7 +62,7 @@ def test_masks_survive_row_parquet_and_batch_exactly(tmp_path, cache):
     # Ragged masks: half the pixels at random, so that a shift, a transposition or a resize of one pixel shows.
     masks = {number: rng.random((SIDE, SIDE)) < 0.5 for number in range(6)}
     prepare("photos", write_photos(tmp_path / "data", range(6), masks), tmp_path / "out", num_proc=1)
-    rows = list(datasets.load_dataset(str(tmp_path / "out"), "default", split="train"))
+    rows = [row for row in datasets.load_dataset(str(tmp_path / "out"), "default", split="train") if not row["regions"]]
     assert {row["image_id"] for row in rows} == set("012345") and any(row["masks"] for row in rows)
     collator = MglmmDataCollator(tiny_processor(), mask_size=SIDE)  # one cell of a label is one pixel of these pictures
     for row in rows:

@@ -12,7 +12,12 @@ from tests.evaluation import conftest
 from tests.evaluation.conftest import columns
 
 SIZES = {"1": (40, 60), "2": (50, 30)}  # height, width
-CONFIGS = {"photos": "benchmark", "coco_panoptic": "benchmark", "ade20k": "benchmark"}
+CONFIGS = {
+    "photos": "benchmark",
+    "photos_paraphrased": "paraphrases",
+    "coco_panoptic": "benchmark",
+    "ade20k": "benchmark",
+}
 SPLITS = {"flickr30k": "test", "vg_region": "test"}
 Span = tuple[int, int]
 
@@ -91,6 +96,7 @@ ROWS = {
     "refcocog_region": regions,
     "vg_region": regions,
     "photos": scenes,
+    "photos_paraphrased": scenes,
 }
 
 

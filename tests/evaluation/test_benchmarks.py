@@ -46,6 +46,7 @@ def no_java(monkeypatch) -> None:
         ("ade20k", "both", {"generate": 2}),
         ("vg_region", "both", {"generate": 3}),
         ("photos", "both", {"generate": 8}),
+        ("photos_paraphrased", "both", {"generate": 4}),  # only what is there
     ],
 )
 def test_questions_by_protocol(name, mode, protocols) -> None:

@@ -120,7 +120,10 @@ def test_answers_are_scored_again_without_a_model(home) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"benchmark": "refcoco++"}, "unknown benchmark 'refcoco[+][+]'; known: photos, refcoco, refcoco[+]"),
+        (
+            {"benchmark": "refcoco++"},
+            "unknown benchmark 'refcoco[+][+]'; known: photos, photos_paraphrased, refcoco, refcoco[+]",
+        ),
         ({"model": None}, "name a model to answer the questions, or --predictions FILE"),
         ({"predictions": "p.jsonl"}, "not both"),
         ({"data": "./nowhere"}, "there is no './nowhere'"),

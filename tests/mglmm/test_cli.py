@@ -61,7 +61,7 @@ def patch(monkeypatch: pytest.MonkeyPatch, module: str, name: str, replacement: 
 
 
 def test_every_verb_explains_itself(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    verbs = ("segment", "assemble", "prepare", "lint", "push-dataset", "train", "evaluate")
+    verbs = ("segment", "assemble", "prepare", "lint", "push-dataset", "train", "evaluate", "gallery")
     assert run("--help") == 0
     shown = capsys.readouterr().out
     assert all(verb in shown for verb in verbs)

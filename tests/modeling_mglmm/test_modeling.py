@@ -124,6 +124,36 @@ def test_a_shared_tower(tiny_shared) -> None:
     check(*tiny_shared)
 
 
+def test_details_of_a_shared_tower_reach_the_masks_alone(tiny_shared) -> None:
+    model = tiny_model(tiny_shared.processor, shared=True, pixel_detail_layers=[1, 0], pixel_neck_blocks=2)
+    check(model, tiny_shared.processor)
+    pixels = torch.rand(1, 3, 28, 28)
+    features = model.encode_images(pixels)
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(features.vision_hidden_states, states[-2][:, 1:])
+    torch.testing.assert_close(features.pixel_hidden_states, torch.cat([states[1], states[0]], -1)[:, 1:])
+    batch = training_batch(tiny_shared.processor, ROWS[:1])
+    batch.pop("pixel_values")
+    other = MglmmImageFeatures(features.vision_hidden_states, torch.zeros_like(features.pixel_hidden_states))
+    with torch.no_grad():
+        seen, unseen = (model(**batch, image_features=each) for each in (features, other))
+        assert torch.equal(seen.logits, unseen.logits) and not torch.allclose(seen.pred_masks, unseen.pred_masks)
+        without = MglmmImageFeatures(features.vision_hidden_states)  # of a model without details
+        with pytest.raises(ValueError, match="masks need sam_pixel_values"):
+            model.model.get_image_embeddings(without)
+
+
+def test_fresh_blocks_of_the_neck_hardly_change_it(tiny_shared) -> None:
+    blocks = tiny_model(tiny_shared.processor, shared=True, pixel_neck_blocks=2)
+    plain = tiny_model(tiny_shared.processor, shared=True)
+    weights = {name: weight for name, weight in blocks.state_dict().items() if ".blocks." not in name}
+    plain.load_state_dict(weights)
+    features = plain.encode_images(torch.rand(1, 3, 28, 28))
+    with torch.no_grad():
+        before, after = (model.model.get_image_embeddings(features) for model in (plain, blocks))
+    assert 0 < (after - before).norm() < 0.2 * before.norm()
+
+
 def test_pixel_encoder_grid_is_checked(tiny) -> None:
     features = MglmmImageFeatures(
         vision_hidden_states=torch.zeros(1, 4, 32), pixel_hidden_states=torch.zeros(1, 32, 5, 5)

@@ -21,6 +21,7 @@ FLOAT32 = ("mask_projector", "prompt_encoder", "mask_decoder", "pixel_neck")
 VARIANTS = {
     "sam": {},
     "shared": {"shared": True},
+    "details": {"shared": True, "pixel_detail_layers": [1], "pixel_neck_blocks": 1},
     "neck": {"pixel_config": {**TOWERS["dinov2"], "image_size": 64, "patch_size": 16}},
     "gpt2": {"text": "gpt2"},
 }
@@ -72,7 +73,7 @@ torch.save([outputs.logits, outputs.pred_masks], {str(tmp_path / "found.pt")!r})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["sam", "shared", "neck"])
+@pytest.mark.parametrize("name", ["sam", "shared", "neck", "details"])
 def test_the_mask_path_stays_float32(tiny, tiny_shared, name: str, dtype: torch.dtype, tmp_path) -> None:
     model, processor = variant(tiny, tiny_shared, name)
     model.save_pretrained(tmp_path)

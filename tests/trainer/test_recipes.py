@@ -9,9 +9,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from mglmm.datasets_scripts.families import BUILDERS
 from mglmm.modeling_mglmm import MglmmConfig
-from mglmm.trainer.config import read_config, training_arguments
+from mglmm.trainer.config import has_joint_stage, read_config, training_arguments
 from mglmm.trainer.plan import plan, read_accelerate
-from mglmm.trainer.trainable import make_trainable
+from mglmm.trainer.stages import split_settings
 from tests.tiny import tiny_model, tiny_processor
 
 RECIPES = Path(__file__).resolve().parents[2] / "trainer" / "recipes"
@@ -182,21 +182,14 @@ def test_recipes_fit_on_their_gpus(recipe, file):
     assert not any("bf16" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("name", ["mglmm_small", "mglmm_small_refusals"])
-def test_the_recipes_of_the_small_model_fit_together(name):
-    config = read_config(RECIPES / f"{name}.yaml", [])
-    first = read_config(RECIPES / "mglmm_small.yaml", [])
-    assert config.model == first.model and config.data[0].path == first.data[0].path
-    assert config.adapter == (None if name == "mglmm_small" else first.training["output_dir"])
+def test_the_recipes_of_the_small_model_fit_together(tmp_path):
+    first, then = (read_config(RECIPES / f"{name}.yaml", []) for name in ("mglmm_small", "mglmm_small_answers"))
+    assert first.adapter is None and then.adapter == first.training["output_dir"]
+    assert then.model == first.model and then.data[0].path == first.data[0].path
+    assert then.language_model_dtype == first.language_model_dtype
     same = ("lora_r", "lora_alpha", "lora_target", "cache_image_features")  # or the adapter would not fit
-    assert all(config.training[key] == first.training[key] for key in same)
-
-
-def test_the_last_recipe_of_the_small_model_leaves_its_language_model_alone(tmp_path):
-    config = read_config(RECIPES / "mglmm_small_masks.yaml", [])
-    args = training_arguments({**config.training, "output_dir": str(tmp_path)})
-    model = tiny_model(tiny_processor())
-    trained = make_trainable(model, args, [1, 2, 3])
-    names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
-    assert names and all(any(part in name for part in config.training["trained_modules"]) for name in names)
-    assert config.data[0].path == read_config(RECIPES / "mglmm_small.yaml", []).data[0].path
+    assert all(then.training[key] == first.training[key] for key in same)
+    assert not has_joint_stage(then, training_arguments({**then.training, "output_dir": str(tmp_path)}))
+    for stage, own in (("answer_warmup", {"conversations_per_image": 18}), ("mask_path", {"masks_per_image": 5})):
+        args, settings = split_settings(stage, {**getattr(then, stage), "output_dir": str(tmp_path)})
+        assert args.max_steps >= 300 and settings.items() >= own.items()

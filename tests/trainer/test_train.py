@@ -61,7 +61,7 @@ def test_defaults(config_file):
         ({"model": {"vision_tower": "a", "text": "b"}}, "model: there is no setting 'text'"),
         ({"model": {"vision_tower": "a"}}, "model: language_model, sam, processor missing"),
         ({"quantization": "2bit"}, "quantization is '2bit'; choose from 4bit, 8bit"),
-        ({"refusal_warmup": {"questions": 3}}, "did you mean 'questions_per_image'?"),
+        ({"answer_warmup": {"conversations": 3}}, "did you mean 'conversations_per_image'?"),
         ({"data": "rows"}, "data must be a mapping of settings, got 'rows'"),
         ({"training": None}, "training must be a mapping of settings, got None"),
         ({"training": "fast"}, "training must be a mapping of settings, got 'fast'"),
@@ -130,7 +130,7 @@ def test_wrong_overrides(config_file, overrides, message):
         ({"training": {"max_steps": "many", "use_cpu": True}}, "setting max_steps must be int, got 'many'"),
         ({"training": {"learning_rate": "fast", "use_cpu": True}}, "setting learning_rate must be float, got 'fast'"),
         ({"mask_warmup": {"max_steps": 1}}, "mask_warmup works on cached features: set training.cache_image_features"),
-        ({"refusal_warmup": {"max_steps": 1}}, "refusal_warmup works on cached features"),
+        ({"answer_warmup": {"max_steps": 1}}, "answer_warmup works on cached features"),
         ({"streaming": True}, "a stream has no end: set training.max_steps"),
         (
             {"streaming": True, "rows_per_epoch": 9, "training": {"max_steps": 3, "use_cpu": True}},

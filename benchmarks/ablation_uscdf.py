@@ -1,0 +1,186 @@
+"""
+What the phrases of USCDF are worth (paper, Table 7): the same training with them and without, three seeds each.
+
+```shell
+python benchmarks/ablation_uscdf.py --data-dir PHOTOS --work runs/ablation
+```
+
+Prepares the photographs in both formats (`mglmm prepare --format uscdf|plain`: the same pictures, questions and masks;
+answers that point at something say `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`), trains the small model
+on each with every seed from one common start (`trainer/recipes/ablation_uscdf.yaml`), asks each the same held-out
+questions, and writes `docs/ablation_uscdf.md` with its plot. A run that was stopped goes on where it was. About two
+hours on two CPU cores after the warm-up's 40 minutes; `--quick` takes a few steps and writes into the work folder: it shows
+that the script works, not what the format is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import datasets
+from tables import markdown_table
+
+from mglmm.datasets_scripts.prepare import prepare
+from mglmm.evaluation.metrics.captioning import CaptioningScore
+from mglmm.small.checkpoint import assemble
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "trainer" / "recipes" / "ablation_uscdf.yaml"
+FORMATS = {"uscdf": "USCDF", "plain": "plain"}
+GROUP = "fashion+cars"
+WARMUP = "mask_warmup.safetensors"
+DESCRIPTIONS = ("panoptic", "fine")
+# Name, decimals, where it stands in the results of a group.
+METRICS = {
+    "object gIoU": ("object", "gIoU"),
+    "object cIoU": ("object", "cIoU"),
+    "part gIoU": ("part", "gIoU"),
+    "part cIoU": ("part", "cIoU"),
+    "absent refused": ("refused",),
+    "present refused": ("false_refusals",),
+    "panoptic mask recall": ("panoptic", "mask_recall"),
+    "fine mask recall": ("fine", "mask_recall"),
+}
+CIDER = "CIDEr of the descriptions"
+
+
+def command(*arguments: object) -> None:
+    """The command line of this package in a process of its own."""
+    subprocess.run([sys.executable, "-m", "mglmm.cli", *map(str, arguments)], check=True)
+
+
+def train(work: Path, base: Path, data: Path, folder: Path, seed: int, overrides: Sequence[object]) -> None:
+    """One run from the common start, which the first one makes."""
+    if (folder / "adapter_model.safetensors").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    common = work / WARMUP
+    if common.is_file() and not (folder / WARMUP).is_file():
+        shutil.copy(common, folder / WARMUP)
+    settings = ["--model", base, "--data.path", data, "--output_dir", folder, "--seed", seed]
+    command("train", RECIPE, *settings, "--cache_image_features", work / "image_features", *overrides)
+    if not common.is_file():
+        shutil.copy(folder / WARMUP, common)
+
+
+def cider(predictions: Path, data: Path) -> float:
+    """CIDEr of the held-out descriptions, as text without tags, against the one prepared description of each."""
+    texts = datasets.load_dataset(str(data), "benchmark", split="validation")["messages"]
+    score = CaptioningScore(metrics=["CIDEr"])
+    for line in predictions.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["task"] in DESCRIPTIONS:
+            score.update(record["row"], record["text"], [texts[record["row"]][-1]["content"]])
+    return score.compute()["clean"]["CIDEr"]
+
+
+def figures(folder: Path, data: Path) -> dict[str, float]:
+    """What one run reached, from the folder of its evaluation."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    group: Any = results["groups"][GROUP]
+    values = {}
+    for name, path in METRICS.items():
+        value = group
+        for key in path:
+            value = value[key]
+        values[name] = float(value)
+    return values | {CIDER: cider(folder / "predictions.jsonl", data)}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation."""
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def plot(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for offset, (name, of_format) in zip((-0.18, 0.18), runs.items(), strict=True):
+        for place, metric in enumerate([*METRICS, CIDER]):
+            values = [run[metric] for run in of_format]
+            color = "C0" if name == "uscdf" else "C1"
+            axis.bar(place + offset, mean(values), 0.34, color=color, label=FORMATS[name] if place == 0 else None)
+            axis.plot([place + offset] * len(values), values, "k.", markersize=4)
+    axis.set_xticks(range(len(METRICS) + 1), [name.replace(" ", "\n", 1) for name in (*METRICS, CIDER)], fontsize=8)
+    axis.set_title("Held-out fashion and car photographs: mean over the seeds (bars), each run (dots)", fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def report(runs: dict[str, list[dict[str, float]]], seeds: Sequence[int], steps: str, questions: int) -> str:
+    names = [*METRICS, CIDER]
+    rows = []
+    for name in names:
+        cells = [spread([run[name] for run in runs[kind]]) for kind in FORMATS]
+        gain = mean(run[name] for run in runs["uscdf"]) - mean(run[name] for run in runs["plain"])
+        rows.append([name, *cells, f"{gain:+.3f}"])
+    each = [
+        [FORMATS[kind], str(seed), *(f"{run[name]:.3f}" for name in names)]
+        for kind in FORMATS
+        for seed, run in zip(seeds, runs[kind], strict=True)
+    ]
+    return f"""# Is USCDF worth it? The paper's ablation on real photographs
+
+The paper's Table 7 compares training with its text format, in which every mask follows the phrase it belongs to, against
+answers without phrases. Here the small model was trained both ways on the same photographs, questions and masks, with
+{len(seeds)} seeds each: {steps}. Referring answers read `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`;
+descriptions carry phrases in both formats, since the phrases are what they say. All runs start from one mask warm-up, which
+reads phrases without any sentence around them. {questions:,} held-out questions, the same for all, on photographs that were
+never trained on; greedy answers.
+
+{markdown_table(["mean ± standard deviation", *FORMATS.values(), "difference"], rows)}
+![Both formats](images/ablation_uscdf.png)
+
+{markdown_table(["run", "seed", *names], each)}
+`python benchmarks/ablation_uscdf.py --data-dir PHOTOS --work runs/ablation` repeats it and writes this page.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of annotations.json and images/")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and evaluations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300, help="joint steps of each run")
+    parser.add_argument("--limit", type=int, default=300, help="held-out questions")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
+    options = parser.parse_args()
+    work: Path = options.work
+    docs = work / "docs" if options.quick else ROOT / "docs"
+    seeds, limit = (options.seeds[:1], 20) if options.quick else (options.seeds, options.limit)
+    steps = 2 if options.quick else options.steps
+    overrides = ["--max_steps", steps, *(["--mask_warmup.max_steps", 2] if options.quick else [])]
+
+    base = assemble(work / "base", trained=False)
+    for kind in FORMATS:
+        if not (work / kind / "README.md").is_file():  # the last file that preparing writes
+            prepare("photos", options.data_dir, work / kind, images="path", variants=4, answers=kind)  # type: ignore[arg-type]
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in FORMATS}
+    for seed in seeds:
+        for kind in FORMATS:
+            folder, evaluation = work / f"{kind}-{seed}", work / f"{kind}-{seed}-evaluation"
+            train(work, base, work / kind, folder, seed, overrides)
+            command("evaluate", folder, "--data", work / "uscdf", "--output", evaluation, "--limit", limit)
+            runs[kind].append(figures(evaluation, work / "uscdf"))
+            print(json.dumps({"format": kind, "seed": seed, **runs[kind][-1]}), flush=True)
+    docs.mkdir(parents=True, exist_ok=True)
+    plot(runs, docs / "images" / "ablation_uscdf.png")
+    text = report(runs, seeds, f"{steps} joint steps of 4 rows", limit)
+    (docs / "ablation_uscdf.md").write_text(text, encoding="utf-8")
+    print(f"written to {docs / 'ablation_uscdf.md'}")
+
+
+if __name__ == "__main__":
+    main()
