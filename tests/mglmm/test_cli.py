@@ -271,8 +271,10 @@ def test_prepare_passes_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch, "mglmm.datasets_scripts.prepare", "prepare", lambda *args, **kwargs: calls.append((args, kwargs))
     )
     options = ["--images", "path", "--variants", 3, "--seed", 7, "--limit", 5, "--num-proc", 2, "--format", "plain"]
+    options += ["--augment", 1]
     assert run("prepare", "photos", "--data-dir", "raw", "--output", "rows", *options) == 0
     expected = {"images": "path", "variants": 3, "seed": 7, "limit": 5, "num_proc": 2, "answers": "plain"}
+    expected["augment"] = 1
     assert calls == [(("photos", Path("raw"), Path("rows")), expected)]
 
 
