@@ -20,6 +20,7 @@ SPLITS = {"train": "train", "val": "validation"}
 class HierarchicalCoco(SceneBuilder):
     LICENSE = "those of the sources named in the column source"
     READS_PICTURES = True
+    ASKS_REGIONS = True
 
     def items(self) -> dict[str, Sequence[Any]]:
         self._tables: JsonTables = self.tables(

@@ -40,6 +40,7 @@ class SceneBuilder(UscdfBuilder):
     AUGMENTS = True
     BUILDER_CONFIGS = [UscdfConfig(name=name) for name in ("default", "benchmark", "paraphrases")]
     READS_PICTURES: bool = False  # training rows say colours, which takes some milliseconds for each picture
+    ASKS_REGIONS: bool = False  # training rows of the task "region", which only models with a region encoder read
 
     def record(self, item: Any) -> Record:
         """
@@ -68,7 +69,7 @@ class SceneBuilder(UscdfBuilder):
         elif self.config.name == "paraphrases":
             yield from paraphrase_turns(scene, generator)
         else:
-            yield from training_turns(scene, absent, generator, self.config.variants)
+            yield from training_turns(scene, absent, generator, self.config.variants, regions=self.ASKS_REGIONS)
 
     def split_items(self) -> dict[str, list[Any]]:
         splits = super().split_items()
@@ -138,18 +139,18 @@ class SceneBuilder(UscdfBuilder):
 
 
 def training_turns(
-    scene: Scene, absent: AbsentLabels, generator: Callable[..., Random], variants: int
+    scene: Scene, absent: AbsentLabels, generator: Callable[..., Random], variants: int, *, regions: bool
 ) -> Iterator[tuple[str, list[Turn]]]:
     """
     (task, turns) of the training rows of one image.
 
     Each variant words anew: a referring conversation of four to eight turns; a single question, and in half of the variants
-    another one for an object as a whole (a third of both for what is not there, see `questions`); the box of a thing; a
-    panoptic description, a fine-grained description of the object with most parts, and in one of six a plain caption.
-    `generator(variant, task)` is the randomness of one row.
+    another one for an object as a whole (a third of both for what is not there, see `questions`); with `regions` the box of
+    a thing; a panoptic description, a fine-grained description of the object with most parts, and in one of six a plain
+    caption. `generator(variant, task)` is the randomness of one row.
     """
     for variant in range(variants):
-        yield from _variant(scene, absent, partial(generator, variant))
+        yield from _variant(scene, absent, partial(generator, variant), regions)
 
 
 def benchmark_turns(
@@ -183,7 +184,7 @@ def paraphrase_turns(scene: Scene, generator: Callable[..., Random]) -> Iterator
 
 
 def _variant(
-    scene: Scene, absent: AbsentLabels, generator: Callable[[str], Random]
+    scene: Scene, absent: AbsentLabels, generator: Callable[[str], Random], regions: bool
 ) -> Iterator[tuple[str, list[Turn]]]:
     def special(rng: Random) -> Turn | None:
         return (ask_with_attribute if rng.random() < 0.6 else ask_with_relation)(rng, scene)
@@ -200,7 +201,7 @@ def _variant(
     turn = ask_for_whole(rng, scene, absent, REFUSED_WHOLE_SHARE) if rng.random() < WHOLE_SHARE else None
     if turn is not None:
         yield _task(turn), [turn]
-    turn = ask_about_region(generator("region"), scene)
+    turn = ask_about_region(generator("region"), scene) if regions else None
     if turn is not None:
         yield "region", [turn]
     rng = generator("style")

@@ -105,11 +105,11 @@ def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert tagged and all(row["image"].size == (120, 80) for row in tagged)
     assert any("the red hat" in message["content"] for row in tagged for message in row["messages"])
     assert "skipped" not in capsys.readouterr().out
-    assert datasets.get_dataset_config_names("my_rows") == ["default", "benchmark"]
+    assert datasets.get_dataset_config_names("my_rows") == ["default", "benchmark", "paraphrases"]
     (row,) = datasets.load_dataset("my_question_rows", split="train").to_list()
     assert (row["task"], len(row["masks"])) == ("reasoning", 2)
     assert "<article" in Path("my_rows.html").read_text(encoding="utf-8")
-    assert "license: cc-by-4.0" in pushed["README.md"].decode() and len(pushed) == 4
+    assert "license: cc-by-4.0" in pushed["README.md"].decode() and len(pushed) == 5
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_evaluation(training_home: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for module in (java, caption_scorers):
         monkeypatch.setattr(module, "find_java", no_java)
     names, _ = run_guide(EVALUATION, training_home, monkeypatch)
-    assert {path.name for path in Path("metrics").iterdir()} == {"held_out", "mgsc", "questions", "again"}
+    assert {path.name for path in Path("metrics").iterdir()} == {"held_out", "gallery", "mgsc", "questions", "again"}
     assert names["made"]["numbers"]["clean"]["mIoU_gt"] == names["again"]["numbers"]["clean"]["mIoU_gt"]
     table = EVALUATION[EVALUATION.index("| `--benchmark`") : EVALUATION.index("`--split` chooses")]
     cells = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)

@@ -53,7 +53,7 @@ def scene_rows(
     if benchmark:
         tasks = benchmark_turns(scene, absent, generator)
     else:
-        tasks = training_turns(scene, absent, generator, variants)
+        tasks = training_turns(scene, absent, generator, variants, regions=True)
     size = image["height"], image["width"]
     rows = [make_row(Path("x"), image["id"], image["source"], task, turns, size=size) for task, turns in tasks]
     return [{key: row[key] for key in row if key not in ("image", "size", "ignore_mask")} for row in rows]

@@ -111,7 +111,7 @@ def test_instances_of_a_category_are_one_mask(write: Callable[..., CocoScenes]) 
     builder = write(CocoInstances, [instance(18, polygon(DOG)), instance(18, runs(WALL)), instance(17, polygon(CAT))])
     assert builder.split_items() == {"train": [("train", 9)]}
     rows = builder.usable_rows(("train", 9))
-    assert [row["task"] for row in rows] == ["referring", "referring", "referring", "region", "panoptic"]
+    assert [row["task"] for row in rows] == ["referring", "referring", "referring", "panoptic"]
     assert rows[0] == {
         "image": str(builder.data_dir / "train2017/000000000009.jpg"),
         "image_id": "9",

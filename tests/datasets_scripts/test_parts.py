@@ -344,7 +344,7 @@ def test_parts_of_pascal_have_no_object_to_ask_for(write: Callable[..., PartAnno
     builder = write(PascalPart, annotations, variants=5)
     assert builder.split_items() == {"train": [TRAIN]}
     rows = builder.usable_rows(TRAIN)
-    assert {row["task"] for row in rows} == {"referring", "region", "fine"}
+    assert {row["task"] for row in rows} == {"referring", "fine"}
     assert described(builder, TRAIN, "fine") == (
         "Of the dog one can see <p> the head </p> [SEG] and <p> the legs </p> [SEG].",
         [box_rle(SIZE, DOOR), union(WHEEL, UNLABELLED)],

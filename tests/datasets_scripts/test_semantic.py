@@ -95,7 +95,7 @@ def test_ade20k_rows_are_as_written_here(write: Callable[..., ClassMaps]) -> Non
     item = ("train", "ADE_train_1")
     assert builder.split_items() == {"train": [item]}
     rows = builder.usable_rows(item)
-    assert [row["task"] for row in rows] == ["referring", "referring", "region", "panoptic"]
+    assert [row["task"] for row in rows] == ["referring", "referring", "panoptic"]
     assert rows[0] == {
         "image": str(builder.data_dir / "images/training/ADE_train_1.jpg"),
         "image_id": "ADE_train_1",
