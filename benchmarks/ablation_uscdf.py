@@ -160,13 +160,13 @@ def main() -> None:
     work: Path = options.work
     docs = work / "docs" if options.quick else ROOT / "docs"
     seeds, limit = (options.seeds[:1], 20) if options.quick else (options.seeds, options.limit)
-    steps = 2 if options.quick else options.steps
+    steps, pictures = (2, 12) if options.quick else (options.steps, None)
     overrides = ["--max_steps", steps, *(["--mask_warmup.max_steps", 2] if options.quick else [])]
 
     base = assemble(work / "base", trained=False)
     for kind in FORMATS:
         if not (work / kind / "README.md").is_file():  # the last file that preparing writes
-            prepare("photos", options.data_dir, work / kind, images="path", variants=4, answers=kind)  # type: ignore[arg-type]
+            prepare("photos", options.data_dir, work / kind, images="path", variants=4, answers=kind, limit=pictures)  # type: ignore[arg-type]
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in FORMATS}
     for seed in seeds:
         for kind in FORMATS:

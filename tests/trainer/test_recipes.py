@@ -187,6 +187,7 @@ def test_the_recipes_of_the_small_model_fit_together(tmp_path):
     assert first.adapter is None and then.adapter == first.training["output_dir"]
     assert then.model == first.model and then.data[0].path == first.data[0].path
     assert then.language_model_dtype == first.language_model_dtype
+    assert then.data[0].task_weights.keys() == first.data[0].task_weights.keys()  # without "absent" none is refused
     same = ("lora_r", "lora_alpha", "lora_target", "cache_image_features")  # or the adapter would not fit
     assert all(then.training[key] == first.training[key] for key in same)
     assert not has_joint_stage(then, training_arguments({**then.training, "output_dir": str(tmp_path)}))
