@@ -42,10 +42,13 @@ class ImageConversations(torch.utils.data.Dataset):
     The pictures of USCDF rows with the conversations about each, by kind: single questions that are refused, single
     questions that are answered with masks, and all others (several turns, descriptions, captions).
 
+    Args:
+        source_repeats: How often the pictures of a source come in an epoch, 1 where not named.
+
     Raises `ValueError` if no single question is refused, or none is answered.
     """
 
-    def __init__(self, rows: Dataset):
+    def __init__(self, rows: Dataset, source_repeats: Mapping[str, int] | None = None):
         self.rows = rows
         self.openings: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
         conversations: dict[tuple[str, str], dict[Kind, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -64,7 +67,8 @@ class ImageConversations(torch.utils.data.Dataset):
                 f"{len(rows)} rows hold {self.openings[True].total()} refused and {self.openings[False].total()} answered "
                 "single questions: the answer warm-up needs both; leave it out or add rows of absent things"
             )
-        self.images = sorted(conversations.items())
+        repeats = source_repeats or {}
+        self.images = [image for image in sorted(conversations.items()) for _ in range(repeats.get(image[0][0], 1))]
 
     def __len__(self) -> int:
         return len(self.images)

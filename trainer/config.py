@@ -19,7 +19,7 @@ PARTS = ("vision_tower", "language_model", "sam", "processor")
 QUANTIZATIONS = ("4bit", "8bit")
 STAGES = {  # of training before the last; each takes the fields of MglmmTrainingArguments and these
     "mask_warmup": ("masks_per_image",),
-    "answer_warmup": ("conversations_per_image",),
+    "answer_warmup": ("conversations_per_image", "source_repeats"),
     "mask_path": ("masks_per_image", "conversations", "source_weights", "phrase_weights"),
 }
 
@@ -60,7 +60,8 @@ class RunConfig:
         mask_warmup (`dict`, *optional*): Fields of `MglmmTrainingArguments` for a first stage that trains neck and mask
             decoder alone (see `mask_warmup.py`), plus `masks_per_image`. Needs `training.cache_image_features`.
         answer_warmup (`dict`, *optional*): The same for a second stage that teaches the language model its answers, and to
-            tell what is there from what is not (see `answer_warmup.py`), plus `conversations_per_image`.
+            tell what is there from what is not (see `answer_warmup.py`), plus `conversations_per_image` and
+            `source_repeats` (how often the pictures of a source come in an epoch, 1 where not named).
         mask_path (`dict`, *optional*): The same for a third stage that trains the mask path alone on the frozen language
             model's states (see `mask_stage.py`), plus `masks_per_image` (5), `conversations` (6000, the rows whose states
             are computed), `source_weights` (of pictures, by the source of their rows) and `phrase_weights` (of masks, by
@@ -106,6 +107,8 @@ def read_config(path: str | Path, overrides: list[str]) -> RunConfig:
     for stage, more in STAGES.items():
         if values.get(stage) is not None:
             check_names(values[stage], [*known, *more], f"{path}: {stage}")
+    if values.get("answer_warmup") is not None:
+        check_positive(values["answer_warmup"], ("source_repeats",), f"{path}: answer_warmup", whole=True)
     if values.get("mask_path") is not None:
         check_mask_path(values["mask_path"], f"{path}: mask_path")
     config = RunConfig(**values)
@@ -165,15 +168,20 @@ def check_mask_path(values: dict[str, Any], where: str) -> None:
     for name in ("max_steps", "masks_per_image", "conversations"):
         if type(value := values.get(name, 1)) is not int or value < 1:
             raise ValueError(f"{where}: {name} must be a whole number above zero, got {value!r}")
-    for name in ("source_weights", "phrase_weights"):
+    check_positive(values, ("source_weights", "phrase_weights"), where)
+
+
+def check_positive(values: dict[str, Any], settings: tuple[str, ...], where: str, whole: bool = False) -> None:
+    """Raises `ValueError` if one of the settings is no mapping of names to numbers above zero."""
+    number = "whole number" if whole else "number"
+    for name in settings:
         weights = values.get(name, {})
         if not isinstance(weights, dict):
-            raise ValueError(f"{where}: {name} must be a mapping of names to weights, got {weights!r}")
+            raise ValueError(f"{where}: {name} must be a mapping of names to numbers, got {weights!r}")
         for key, weight in weights.items():
-            if isinstance(weight, bool) or not (isinstance(weight, int | float) and 0 < weight < math.inf):
-                raise ValueError(
-                    f"{where}: {name} gives {key!r} the weight {weight!r}, which must be a number above zero"
-                )
+            kinds = int if whole else int | float
+            if isinstance(weight, bool) or not isinstance(weight, kinds) or not 0 < weight < math.inf:
+                raise ValueError(f"{where}: {name} gives {key!r} {weight!r}, which must be a {number} above zero")
 
 
 def has_joint_stage(config: RunConfig, args: MglmmTrainingArguments) -> bool:

@@ -141,16 +141,6 @@ def _states_of(
     }
 
 
-def check_sources(rows: Mixture, source_weights: Mapping[str, float]) -> None:
-    """Raises `ValueError` for a weight of a source that no row has."""
-    sources = {source for part in rows.datasets for source in part.unique("source")}
-    if unknown := sorted(source_weights.keys() - sources):
-        raise ValueError(
-            f"mask_path.source_weights names {', '.join(unknown)}, of which there is no row (sources: "
-            f"{', '.join(sorted(sources))})"
-        )
-
-
 class MaskImages(torch.utils.data.Dataset):
     """
     Pictures with their masks and the states of these, drawn with repetition: item k is one picture, which seed and k alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from .mask_stage import (
     MaskCollator,
     MaskImages,
     MaskPath,
-    check_sources,
     conversation_states,
     draw_conversations,
 )
@@ -50,6 +50,15 @@ def split_settings(stage: str, values: dict[str, Any]) -> tuple[MglmmTrainingArg
     """The training arguments of a stage, and its own settings beside them."""
     own = {name: values[name] for name in STAGES[stage] if name in values}
     return training_arguments({name: value for name, value in values.items() if name not in own}), own
+
+
+def check_sources(rows: Iterable[Dataset], named: Iterable[str], setting: str) -> None:
+    """Raises `ValueError` if a setting names a source that no row has."""
+    sources = {source for part in rows for source in part.unique("source")}
+    if unknown := sorted(set(named) - sources):
+        raise ValueError(
+            f"{setting} names {', '.join(unknown)}, of which there is no row (sources: {', '.join(sorted(sources))})"
+        )
 
 
 def mask_warmup(
@@ -95,7 +104,9 @@ def answer_warmup(
     result = output_dir / "answer_warmup.safetensors"
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not result.is_file():
-        images = ImageConversations(rows)
+        source_repeats = own.get("source_repeats", {})
+        check_sources([rows], source_repeats, "answer_warmup.source_repeats")
+        images = ImageConversations(rows, source_repeats)
         decision = deciding_tokens(processor, images.openings)
         wrapper = AnswerWarmup(model, decision)
         collator = AnswerCollator(processor, cache, decision, own.get("conversations_per_image", 16))
@@ -125,7 +136,7 @@ def mask_path(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not result.is_file():
         source_weights, phrase_weights = own.get("source_weights", {}), own.get("phrase_weights", {})
-        check_sources(rows, source_weights)
+        check_sources(rows.datasets, source_weights, "mask_path.source_weights")
         numbers = draw_conversations(rows, own.get("conversations", 6000), seed)
         states = conversation_states(model, rows, collator, numbers, Path(str(args.output_dir)) / "states")
         draws = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -42,6 +42,13 @@ def test_conversations_by_picture_and_kind(asked):
     assert images.openings == {False: Counter({"Sure, <p> the": 2}), True: Counter({"Sorry, I cannot": 2})}
 
 
+def test_pictures_of_a_source_come_as_often_as_is_said(asked):
+    other = asked.map(lambda row: {"source": "other"})
+    images = ImageConversations(datasets.concatenate_datasets([asked, other]), {"other": 3})
+    assert [image[0] for image, _ in images.images].count("other") == 6 and len(images) == 8
+    assert images[0]["conversations"].keys() == images[1]["conversations"].keys() == {"other", "answered", "refused"}
+
+
 @pytest.mark.parametrize(
     ("turns", "counts"),
     [

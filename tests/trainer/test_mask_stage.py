@@ -22,12 +22,12 @@ from mglmm.trainer.mask_stage import (
     MaskCollator,
     MaskImages,
     MaskPath,
-    check_sources,
     conversation_states,
     draw_conversations,
 )
 from mglmm.trainer.mixture import load_mixture
 from mglmm.trainer.plan import plan
+from mglmm.trainer.stages import check_sources
 from mglmm.trainer.trainable import UNTRAINED
 from mglmm.trainer.training_args import MASK_MODULES
 from tests.tiny import tiny_model, tiny_processor
@@ -296,14 +296,18 @@ def test_the_plan_names_the_stage(config_file):
         (["--mask_path.max_steps", "0"], "mask_path: max_steps must be a whole number above zero, got 0"),
         (["--mask_path.masks_per_image", "1.5"], "masks_per_image must be a whole number above zero, got 1.5"),
         (["--mask_path.conversation", "3"], "no setting 'conversation'; did you mean 'conversations'?"),
-        (["--mask_path.phrase_weights", "[hat]"], "phrase_weights must be a mapping of names to weights, got .'hat'."),
+        (["--mask_path.phrase_weights", "[hat]"], "phrase_weights must be a mapping of names to numbers, got .'hat'."),
         (
             ["--mask_path.phrase_weights.hat", "0"],
-            "phrase_weights gives 'hat' the weight 0, which must be a number above",
+            "phrase_weights gives 'hat' 0, which must be a number above zero",
         ),
         (
             ["--mask_path.source_weights.test", "'2'"],
-            "source_weights gives 'test' the weight '2', which must be a number",
+            "source_weights gives 'test' '2', which must be a number above zero",
+        ),
+        (
+            ["--answer_warmup.source_repeats.test", "1.5"],
+            "source_repeats gives 'test' 1.5, which must be a whole number above zero",
         ),
         (["--cache_image_features", "null"], "mask_path works on cached features: set training.cache_image_features"),
         (["--streaming", "true"], "mask_path needs all rows at hand: set streaming to false"),
@@ -327,7 +331,7 @@ def test_rows_that_the_stage_cannot_use(mixture, dataset_folder):
     with pytest.raises(
         ValueError, match=r"source_weights names tset, of which there is no row \(sources: other, test\)"
     ):
-        check_sources(mixture, {"other": 2, "tset": 3})
+        check_sources(mixture.datasets, {"other": 2, "tset": 3}, "mask_path.source_weights")
     absent = load_mixture([DataConfig(dataset_folder, task_weights={"absent": 1})], seed=0)
     with pytest.raises(ValueError, match="none of the 2 conversations drawn for mask_path has a mask"):
         draw_conversations(absent, 10, seed=0)
