@@ -258,6 +258,10 @@ def evaluate(
     ] = "both",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows, spread over sources and tasks.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 16,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Of the language model and the encoders; the mask path is float32 always."),
+    ] = "float32",
     predictions: Annotated[
         Path | None, typer.Option(help="Score this predictions.jsonl; no model is needed then.")
     ] = None,
@@ -279,6 +283,7 @@ def evaluate(
         mode=mode,
         limit=limit,
         batch_size=batch_size,
+        dtype=dtype,
         predictions=predictions,
         text_similarity=text_similarity,
     )

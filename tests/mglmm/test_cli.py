@@ -294,14 +294,14 @@ def test_evaluate_prints_the_results(
     patch(monkeypatch, "mglmm.evaluation.push", "push_results", lambda *args: pushed.append(args) or "https://card")
     assert run("evaluate", "model", "--data", "rows", "--output", "metrics", "--limit", 3) == 0
     none: dict[str, Any] = {"predictions": None, "text_similarity": None}
-    options = {"mode": "both", "limit": 3, "batch_size": 16} | none
+    options = {"mode": "both", "limit": 3, "batch_size": 16, "dtype": "float32"} | none
     assert calls == [(("model", "rows", Path("metrics"), "photos", None), options)]
     assert capsys.readouterr().out == "3 rows\n" and not pushed
 
     more = ["--benchmark", "gcg", "--split", "test", "--mode", "parity", "--predictions", "p.jsonl", "--batch-size", 2]
-    more += ["--text-similarity", "exact", "--push", "me/hats"]
+    more += ["--text-similarity", "exact", "--push", "me/hats", "--dtype", "bfloat16"]
     assert run("evaluate", "--data", "rows", "--output", "metrics", *more) == 0
-    expected = {"mode": "parity", "limit": None, "batch_size": 2, "predictions": Path("p.jsonl")}
+    expected = {"mode": "parity", "limit": None, "batch_size": 2, "dtype": "bfloat16", "predictions": Path("p.jsonl")}
     assert calls[1] == ((None, "rows", Path("metrics"), "gcg", "test"), expected | {"text_similarity": "exact"})
     assert pushed == [({"rows": 4}, "me/hats")] and capsys.readouterr().out == "4 rows\nhttps://card\n"
 
