@@ -28,10 +28,12 @@ from mglmm.processing.uscdf import IMAGE_TOKEN, SEG_TOKEN, conversation_of
 
 from .feature_cache import FeatureCache
 
-Kind = Literal["refused", "answered", "other"]
+Kind = Literal["refused", "answered", "described", "other"]
 SINGLE_TASKS = ("referring", "absent")  # of one question: answered with masks or refused
 LEFT_OUT = ("region",)  # what boxes show is not among the image tokens that the conversations share
-SHARES: dict[Kind, float] = {"refused": 3 / 8, "answered": 3 / 8, "other": 2 / 8}  # of the conversations of a picture
+DESCRIPTIONS = ("panoptic", "fine", "grounded_caption")
+# Of the conversations of a picture. A description is much longer than a question, and learned more slowly.
+SHARES: dict[Kind, float] = {"refused": 3 / 8, "answered": 3 / 8, "described": 1 / 8, "other": 1 / 8}
 MAX_PACKED = 640  # tokens of a picture with its conversations; one that does not fit any more is left out of the draw
 DECISIVE = 3  # times as often before one kind of answer as before the other: then a token decides
 REFUSAL_WEIGHT = 0.5  # of the binary cross entropy beside the cross entropy
@@ -40,7 +42,7 @@ REFUSAL_WEIGHT = 0.5  # of the binary cross entropy beside the cross entropy
 class ImageConversations(torch.utils.data.Dataset):
     """
     The pictures of USCDF rows with the conversations about each, by kind: single questions that are refused, single
-    questions that are answered with masks, and all others (several turns, descriptions, captions).
+    questions that are answered with masks, descriptions, and all others (several turns, captions).
 
     Args:
         source_repeats: How often the pictures of a source come in an epoch, 1 where not named.
@@ -56,7 +58,7 @@ class ImageConversations(torch.utils.data.Dataset):
         for index, row in enumerate(rows.select_columns(["source", "image_id", "task", "messages"])):
             if row["task"] in LEFT_OUT or IMAGE_TOKEN not in row["messages"][0]["content"]:
                 continue
-            kind: Kind = "other"
+            kind: Kind = "described" if row["task"] in DESCRIPTIONS else "other"
             if row["task"] in SINGLE_TASKS and len(row["messages"]) == 2:
                 answer = row["messages"][1]["content"]
                 kind = "answered" if SEG_TOKEN in answer else "refused"
@@ -214,7 +216,7 @@ class AnswerCollator:
             row["positions"] += range(prefix, prefix + len(answer.tokens))
             row["owners"] += [number] * len(answer.tokens)
             row["labels"] += [t if s else -100 for t, s in zip(answer.tokens, answer.supervised, strict=True)]
-            if kind != "other":
+            if kind in ("refused", "answered"):
                 begin = answer.supervised.index(True) + len(self.decision.prefix)
                 row["decisions"].append((start + begin - 1, kind == "refused"))
         return row
