@@ -37,7 +37,10 @@ def asked() -> datasets.Dataset:
 def test_conversations_by_picture_and_kind(asked):
     images = ImageConversations(asked)
     kinds = [{k: [len(m) for m in c] for k, c in images[i]["conversations"].items()} for i in range(2)]
-    assert kinds == [{"other": [6], "described": [2], "answered": [2], "refused": [2]}, {"answered": [2], "refused": [2]}]
+    assert kinds == [
+        {"other": [6], "described": [2], "answered": [2], "refused": [2]},
+        {"answered": [2], "refused": [2]},
+    ]
     assert images[1]["image"].size == (60, 40)
     assert images.openings == {False: Counter({"Sure, <p> the": 2}), True: Counter({"Sorry, I cannot": 2})}
 
