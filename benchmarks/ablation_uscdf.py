@@ -30,6 +30,7 @@ from tables import markdown_table
 
 from mglmm.datasets_scripts.prepare import prepare
 from mglmm.evaluation.metrics.captioning import CaptioningScore
+from mglmm.processing import MglmmProcessor
 from mglmm.small.checkpoint import assemble
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,16 @@ def figures(folder: Path, data: Path) -> dict[str, float]:
     return values | {CIDER: cider(folder / "predictions.jsonl", data)}
 
 
+def questions_of(folder: Path) -> str:
+    """How many questions of each kind stand behind the numbers."""
+    group: Any = json.loads((folder / "results.json").read_text(encoding="utf-8"))["groups"][GROUP]
+    descriptions = sum(group[kind]["images"] for kind in DESCRIPTIONS)
+    return (
+        f"{group['object']['questions']} for objects, {group['part']['questions']} for parts, {group['absent']} for what is "
+        f"absent, {descriptions} descriptions"
+    )
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and sample standard deviation."""
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
@@ -119,7 +130,7 @@ def plot(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report(runs: dict[str, list[dict[str, float]]], seeds: Sequence[int], steps: str, questions: int) -> str:
+def report(runs: dict[str, list[dict[str, float]]], seeds: Sequence[int], steps: str, questions: str) -> str:
     names = [*METRICS, CIDER]
     rows = []
     for name in names:
@@ -137,8 +148,8 @@ The paper's Table 7 compares training with its text format, in which every mask 
 answers without phrases. Here the small model was trained both ways on the same photographs, questions and masks, with
 {len(seeds)} seeds each: {steps}. Referring answers read `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`;
 descriptions carry phrases in both formats, since the phrases are what they say. All runs start from one mask warm-up, which
-reads phrases without any sentence around them. {questions:,} held-out questions, the same for all, on photographs that were
-never trained on; greedy answers.
+reads phrases without any sentence around them. Held-out questions about fashion and cars, the same for all: {questions};
+greedy answers, not kept to the grammar of USCDF.
 
 {markdown_table(["mean ± standard deviation", *FORMATS.values(), "difference"], rows)}
 ![Both formats](images/ablation_uscdf.png)
@@ -164,6 +175,8 @@ def main() -> None:
     overrides = ["--max_steps", steps, *(["--mask_warmup.max_steps", 2] if options.quick else [])]
 
     base = assemble(work / "base", trained=False)
+    # The grammar lets no `[SEG]` through without a phrase: what was learned is to answer alone, in both formats.
+    MglmmProcessor.from_pretrained(base, keep_to_grammar=False).save_pretrained(base)
     for kind in FORMATS:
         if not (work / kind / "README.md").is_file():  # the last file that preparing writes
             prepare("photos", options.data_dir, work / kind, images="path", variants=4, answers=kind, limit=pictures)  # type: ignore[arg-type]
@@ -177,7 +190,7 @@ def main() -> None:
             print(json.dumps({"format": kind, "seed": seed, **runs[kind][-1]}), flush=True)
     docs.mkdir(parents=True, exist_ok=True)
     plot(runs, docs / "images" / "ablation_uscdf.png")
-    text = report(runs, seeds, f"{steps} joint steps of 4 rows", limit)
+    text = report(runs, seeds, f"{steps} joint steps of 4 rows", questions_of(evaluation))
     (docs / "ablation_uscdf.md").write_text(text, encoding="utf-8")
     print(f"written to {docs / 'ablation_uscdf.md'}")
 
