@@ -6,11 +6,11 @@ python benchmarks/ablation_uscdf.py --data-dir PHOTOS --work runs/ablation
 ```
 
 Prepares the photographs in both formats (`mglmm prepare --format uscdf|plain`: the same pictures, questions and masks;
-answers that point at something say `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`), trains the small model
-on each with every seed from one common start (`trainer/recipes/ablation_uscdf.yaml`), asks each the same held-out
-questions, and writes `docs/ablation_uscdf.md` with its plot. A run that was stopped goes on where it was. About two
-hours on two CPU cores after the warm-up's 40 minutes; `--quick` takes a few steps and writes into the work folder: it shows
-that the script works, not what the format is worth.
+answers that point at something say `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`), warms the mask path of the small
+model up on phrases in both formats, trains it from there on each with every seed (`trainer/recipes/ablation_uscdf.yaml`),
+asks all the same held-out questions, and writes `docs/ablation_uscdf.md` with its plot. A run that was stopped goes on
+where it was. About an hour and a half on two CPU cores; `--quick` takes a few steps and writes into the work folder: it
+shows that the script works, not what the format is worth.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ def command(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "mglmm.cli", *map(str, arguments)], check=True)
 
 
-def train(work: Path, base: Path, data: Path, folder: Path, seed: int, overrides: Sequence[object]) -> None:
-    """One run from the common start, which the first one makes."""
-    if (folder / "adapter_model.safetensors").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    common = work / WARMUP
-    if common.is_file() and not (folder / WARMUP).is_file():
-        shutil.copy(common, folder / WARMUP)
-    settings = ["--model", base, "--data.path", data, "--output_dir", folder, "--seed", seed]
-    command("train", RECIPE, *settings, "--cache_image_features", work / "image_features", *overrides)
-    if not common.is_file():
-        shutil.copy(folder / WARMUP, common)
+def train(work: Path, data: Path, folder: Path, *settings: object) -> None:
+    """One run of the recipe; from its own mask warm-up if `folder` holds none yet."""
+    common = ["--model", work / "base", "--data.path", data, "--output_dir", folder]
+    command("train", RECIPE, *common, "--cache_image_features", work / "image_features", *settings)
+
+
+def warm_up(work: Path, kind: str, *settings: object) -> Path:
+    """The mask path after its warm-up in a format. It reads the phrases of the USCDF rows; plain ones have none."""
+    folder = work / f"{kind}-warmup"
+    if not (folder / WARMUP).is_file():
+        train(work, work / "uscdf", folder, "--mask_warmup.answers", kind, "--max_steps", 1, *settings)
+    return folder / WARMUP
 
 
 def cider(predictions: Path, data: Path) -> float:
@@ -147,8 +147,9 @@ def report(runs: dict[str, list[dict[str, float]]], seeds: Sequence[int], steps:
 The paper's Table 7 compares training with its text format, in which every mask follows the phrase it belongs to, against
 answers without phrases. Here the small model was trained both ways on the same photographs, questions and masks, with
 {len(seeds)} seeds each: {steps}. Referring answers read `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`;
-descriptions carry phrases in both formats, since the phrases are what they say. All runs start from one mask warm-up, which
-reads phrases without any sentence around them. Held-out questions about fashion and cars, the same for all: {questions};
+descriptions carry phrases in both formats, since the phrases are what they say. Before that the mask path was warmed up in
+each format, on `[SEG]` states of the frozen language model that reads each phrase without a picture ("Please segment the
+hat.", answered as above). Held-out questions about fashion and cars, the same for all: {questions};
 greedy answers, not kept to the grammar of USCDF.
 
 {markdown_table(["mean ± standard deviation", *FORMATS.values(), "difference"], rows)}
@@ -164,15 +165,15 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of annotations.json and images/")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and evaluations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300, help="joint steps of each run")
-    parser.add_argument("--limit", type=int, default=300, help="held-out questions")
+    parser.add_argument("--steps", type=int, default=240, help="joint steps of each run")
+    parser.add_argument("--limit", type=int, default=200, help="held-out questions")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     options = parser.parse_args()
     work: Path = options.work
     docs = work / "docs" if options.quick else ROOT / "docs"
     seeds, limit = (options.seeds[:1], 20) if options.quick else (options.seeds, options.limit)
     steps, pictures = (2, 12) if options.quick else (options.steps, None)
-    overrides = ["--max_steps", steps, *(["--mask_warmup.max_steps", 2] if options.quick else [])]
+    short = ["--mask_warmup.max_steps", 2] if options.quick else []
 
     base = assemble(work / "base", trained=False)
     # The grammar lets no `[SEG]` through without a phrase: what was learned is to answer alone, in both formats.
@@ -180,11 +181,15 @@ def main() -> None:
     for kind in FORMATS:
         if not (work / kind / "README.md").is_file():  # the last file that preparing writes
             prepare("photos", options.data_dir, work / kind, images="path", variants=4, answers=kind, limit=pictures)  # type: ignore[arg-type]
+    warm = {kind: warm_up(work, kind, *short) for kind in FORMATS}
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in FORMATS}
     for seed in seeds:
         for kind in FORMATS:
             folder, evaluation = work / f"{kind}-{seed}", work / f"{kind}-{seed}-evaluation"
-            train(work, base, work / kind, folder, seed, overrides)
+            if not (folder / "adapter_model.safetensors").is_file():
+                folder.mkdir(exist_ok=True)
+                shutil.copy(warm[kind], folder / WARMUP)
+                train(work, work / kind, folder, "--seed", seed, "--max_steps", steps)
             command("evaluate", folder, "--data", work / "uscdf", "--output", evaluation, "--limit", limit)
             runs[kind].append(figures(evaluation, work / "uscdf"))
             print(json.dumps({"format": kind, "seed": seed, **runs[kind][-1]}), flush=True)

@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PARTS = ("vision_tower", "language_model", "sam", "processor")
 QUANTIZATIONS = ("4bit", "8bit")
 STAGES = {  # of training before the last; each takes the fields of MglmmTrainingArguments and these
-    "mask_warmup": ("masks_per_image",),
+    "mask_warmup": ("masks_per_image", "answers"),
     "answer_warmup": ("conversations_per_image", "source_repeats"),
     "mask_path": ("masks_per_image", "conversations", "source_weights", "phrase_weights"),
 }
@@ -58,7 +58,8 @@ class RunConfig:
         rows_per_epoch (`int`, *optional*): Rows drawn from the mixture per epoch; by default the sum of their numbers.
         streaming (`bool`, *optional*, defaults to `False`): Read the datasets as streams; needs `training.max_steps`.
         mask_warmup (`dict`, *optional*): Fields of `MglmmTrainingArguments` for a first stage that trains neck and mask
-            decoder alone (see `mask_warmup.py`), plus `masks_per_image`. Needs `training.cache_image_features`.
+            decoder alone (see `mask_warmup.py`), plus `masks_per_image` and `answers` ("uscdf" or "plain": whether the
+            answers that it reads repeat the phrase). Needs `training.cache_image_features`.
         answer_warmup (`dict`, *optional*): The same for a second stage that teaches the language model its answers, and to
             tell what is there from what is not (see `answer_warmup.py`), plus `conversations_per_image` and
             `source_repeats` (how often the pictures of a source come in an epoch, 1 where not named).
@@ -107,6 +108,8 @@ def read_config(path: str | Path, overrides: list[str]) -> RunConfig:
     for stage, more in STAGES.items():
         if values.get(stage) is not None:
             check_names(values[stage], [*known, *more], f"{path}: {stage}")
+    if (answers := (values.get("mask_warmup") or {}).get("answers", "uscdf")) not in ("uscdf", "plain"):
+        raise ValueError(f"{path}: mask_warmup: answers is {answers!r}; choose from uscdf, plain")
     if values.get("answer_warmup") is not None:
         check_positive(values["answer_warmup"], ("source_repeats",), f"{path}: answer_warmup", whole=True)
     if values.get("mask_path") is not None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from mglmm.modeling_mglmm import MglmmForConditionalGeneration, MglmmImageFeatur
 from mglmm.modeling_mglmm.mask_losses import mask_losses
 from mglmm.modeling_mglmm.seg_states import gather_seg_states
 from mglmm.processing import MglmmProcessor
-from mglmm.processing.uscdf import parse, render_phrase
+from mglmm.processing.uscdf import SEG_TOKEN, parse, render_phrase
 
 from .data_collator import masks_of
 from .feature_cache import FeatureCache
@@ -56,9 +56,16 @@ def phrases_of(messages: Iterable[dict[str, str]]) -> list[str]:
 
 @torch.no_grad()
 def phrase_states(
-    model: MglmmForConditionalGeneration, processor: MglmmProcessor, phrases: Sequence[str], batch_size: int = 32
+    model: MglmmForConditionalGeneration,
+    processor: MglmmProcessor,
+    phrases: Sequence[str],
+    answers: Literal["uscdf", "plain"] = "uscdf",
+    batch_size: int = 32,
 ) -> dict[str, torch.Tensor]:
-    """`[SEG]` state `(hidden,)` of each distinct phrase, from a one-turn conversation without a picture."""
+    """
+    `[SEG]` state `(hidden,)` of each distinct phrase, from a one-turn conversation without a picture, whose answer repeats
+    the phrase or, with "plain", does not.
+    """
     distinct = sorted(set(phrases), key=lambda phrase: (len(phrase), phrase))
     states: dict[str, torch.Tensor] = {}
     for start in tqdm(range(0, len(distinct), batch_size), desc="phrases", unit="batch"):
@@ -66,7 +73,10 @@ def phrase_states(
         conversations = [
             [
                 {"role": "user", "content": QUESTION.format(phrase)},
-                {"role": "assistant", "content": ANSWER.format(render_phrase(phrase))},
+                {
+                    "role": "assistant",
+                    "content": ANSWER.format(render_phrase(phrase) if answers == "uscdf" else SEG_TOKEN),
+                },
             ]
             for phrase in batch
         ]

@@ -76,7 +76,8 @@ def mask_warmup(
     result = output_dir / "mask_warmup.safetensors"
     if not result.is_file():
         phrases = [phrase for messages in rows["messages"] for phrase in phrases_of(messages)]
-        states, words = phrase_states(model, processor, phrases), phrase_words(model, processor, phrases)
+        states = phrase_states(model, processor, phrases, own.get("answers", "uscdf"))
+        words = phrase_words(model, processor, phrases)
         image_words = words_of_images(rows)
         standardise_prompts(model, states.values())
         with_masks = rows.select(np.flatnonzero([len(masks) > 0 for masks in rows["masks"]]))

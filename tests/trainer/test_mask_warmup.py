@@ -35,16 +35,17 @@ def test_phrases_in_the_order_of_the_masks(rows):
     ]
 
 
-def test_states_are_those_of_a_direct_forward(tiny):
+@pytest.mark.parametrize(("answers", "answer"), [("uscdf", "<p> {} </p> [SEG]"), ("plain", "[SEG]")])
+def test_states_are_those_of_a_direct_forward(tiny, answers, answer):
     phrases = ["the hat", "a brown dog on the grass", "the hat", "two cars"]
-    states = phrase_states(tiny.model, tiny.processor, phrases, batch_size=2)
+    states = phrase_states(tiny.model, tiny.processor, phrases, answers, batch_size=2)
     assert sorted(states) == ["a brown dog on the grass", "the hat", "two cars"]
     tokenizer = tiny.processor.tokenizer
     for phrase, state in states.items():
         text = (
             "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
             f"detailed, and polite answers to the human's questions. USER: Please segment {phrase}. "
-            f"ASSISTANT: Sure, <p> {phrase} </p> [SEG].</s>"
+            f"ASSISTANT: Sure, {answer.format(phrase)}.</s>"
         )
         input_ids = tokenizer(text, return_tensors="pt")["input_ids"]
         position = int((input_ids[0] == tokenizer.convert_tokens_to_ids(SEG_TOKEN)).nonzero())

@@ -47,6 +47,7 @@ def test_defaults(config_file):
             "training: there is no setting 'learning_rat'; did you mean 'learning_rate'?",
         ),
         ({"mask_warmup": {"mask_per_image": 1}}, "mask_warmup: .* did you mean 'masks_per_image'?"),
+        ({"mask_warmup": {"answers": "USCDF"}}, "mask_warmup: answers is 'USCDF'; choose from uscdf, plain"),
         (
             {"training": {"masks_per_image": 1}},
             "training: there is no setting 'masks_per_image'",
