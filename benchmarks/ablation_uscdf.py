@@ -39,7 +39,7 @@ FORMATS = {"uscdf": "USCDF", "plain": "plain"}
 GROUP = "fashion+cars"
 WARMUP = "mask_warmup.safetensors"
 DESCRIPTIONS = ("panoptic", "fine")
-# Name, decimals, where it stands in the results of a group.
+# Name: where it stands in the results of a group.
 METRICS = {
     "object gIoU": ("object", "gIoU"),
     "object cIoU": ("object", "cIoU"),

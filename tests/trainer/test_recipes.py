@@ -191,6 +191,6 @@ def test_the_recipes_of_the_small_model_fit_together(tmp_path):
     same = ("lora_r", "lora_alpha", "lora_target", "cache_image_features")  # or the adapter would not fit
     assert all(then.training[key] == first.training[key] for key in same)
     assert not has_joint_stage(then, training_arguments({**then.training, "output_dir": str(tmp_path)}))
-    for stage, name, number in (("answer_warmup", "conversations_per_image", 8), ("mask_path", "masks_per_image", 5)):
+    for stage, name, number in (("answer_warmup", "conversations_per_image", 18), ("mask_path", "masks_per_image", 5)):
         args, settings = split_settings(stage, {**getattr(then, stage), "output_dir": str(tmp_path)})
         assert args.max_steps >= 300 and settings[name] == number
