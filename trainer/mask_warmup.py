@@ -42,10 +42,8 @@ MASK_PATH = ("pixel_neck", "mask_projector", "prompt_encoder", "mask_decoder")
 TEMPERATURE = 0.07  # of the contrast between the phrases of a batch, as in CLIP's initialisation
 WORD_WEIGHT = 0.25  # as strong as the presence loss, the image tokens tell less well what is absent
 MIN_IMAGES = 3  # that a word must be said of
-PRESENT_SIMILARITY, PRESENCE_SCALE = (
-    0.35,
-    11.0,
-)  # cosine at which a word is as likely there as not; about what training finds
+# Logistic regression on the cosine: where a word is as likely there as not, and the slope; about what training finds.
+PRESENT_SIMILARITY, PRESENCE_SCALE = 0.35, 11.0
 
 
 def phrases_of(messages: Iterable[dict[str, str]]) -> list[str]:
@@ -70,16 +68,11 @@ def phrase_states(
     states: dict[str, torch.Tensor] = {}
     for start in tqdm(range(0, len(distinct), batch_size), desc="phrases", unit="batch"):
         batch = distinct[start : start + batch_size]
-        conversations = [
-            [
-                {"role": "user", "content": QUESTION.format(phrase)},
-                {
-                    "role": "assistant",
-                    "content": ANSWER.format(render_phrase(phrase) if answers == "uscdf" else SEG_TOKEN),
-                },
-            ]
-            for phrase in batch
-        ]
+        conversations = []
+        for phrase in batch:
+            answer = ANSWER.format(render_phrase(phrase) if answers == "uscdf" else SEG_TOKEN)
+            question = {"role": "user", "content": QUESTION.format(phrase)}
+            conversations.append([question, {"role": "assistant", "content": answer}])
         options = {"padding": True, "padding_side": "right"}
         inputs = processor.apply_chat_template(
             conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
@@ -156,12 +149,13 @@ class MaskWarmupCollator:
         self.masks_per_image, self.mask_size = masks_per_image, mask_size
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        phrases, labels, index = [], [], []
+        phrases, labels, index, present = [], [], [], []
         for i, row in enumerate(rows):
+            shown = self.image_words[row["source"], row["image_id"]]
+            present.append([word in shown for word in self.vocabulary])
             pairs = list(zip(phrases_of(row["messages"]), masks_of(row), strict=True))
-            chosen = torch.randperm(len(pairs))[
-                : self.masks_per_image
-            ]  # torch's generator differs from worker to worker
+            # Drawn by torch, whose generator differs from worker to worker.
+            chosen = torch.randperm(len(pairs))[: self.masks_per_image]
             pairs = [pairs[k] for k in chosen.tolist()]
             phrases += [phrase for phrase, _ in pairs]
             labels.append(self.processor.mask_labels([mask for _, mask in pairs], self.mask_size))
@@ -170,13 +164,7 @@ class MaskWarmupCollator:
             "image_features": self.feature_cache.load([row["image"] for row in rows]),
             "seg_states": torch.stack([self.states[phrase] for phrase in phrases]),
             "words": torch.stack([self.words[phrase] for phrase in phrases]),
-            "present": torch.tensor(
-                [
-                    [word in self.image_words[row["source"], row["image_id"]] for word in self.vocabulary]
-                    for row in rows
-                ],
-                dtype=torch.bool,
-            ),
+            "present": torch.tensor(present, dtype=torch.bool),
             "mask_image_index": torch.tensor(index),
             "mask_labels": torch.cat(labels),
         }

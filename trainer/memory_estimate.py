@@ -54,9 +54,7 @@ MODULES = (
 )
 MIB = 2**20
 DECODER_BYTES = 89 * MIB  # kept for the backward pass of one mask
-PRODUCT_BYTES = (
-    45 * MIB
-)  # of these, what checkpointing keeps: the image embedding, and results of products and convolutions
+PRODUCT_BYTES = 45 * MIB  # of these, what checkpointing keeps: image embedding, results of products and convolutions
 CUDA_CONTEXT = 1024 * MIB  # assumed: context, workspaces, communication
 REDUCE_BUCKET = 500_000_000  # parameters: DeepSpeed's reduce_bucket_size
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters

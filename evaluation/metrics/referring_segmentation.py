@@ -150,9 +150,8 @@ class PrintedIou:
                 iou += np.float32(1)
         self._intersection += intersection
         self._union += union
-        self._iou += (
-            iou / np.float32(questions) * np.float32(questions)
-        )  # the mean of an image, weighted by its questions
+        # The mean of an image, weighted by its questions.
+        self._iou += iou / np.float32(questions) * np.float32(questions)
         self._questions += questions
 
     def compute(self) -> dict[str, float]:
