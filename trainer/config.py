@@ -207,7 +207,12 @@ def check_names(values: Any, known: list[str], where: str) -> None:
 
 
 def training_arguments(values: dict[str, Any], kind: Any = MglmmTrainingArguments) -> Any:
-    """Arguments of the dataclass `kind` from a YAML mapping, whose numbers may have come as text (`1e-3` in YAML 1.1)."""
+    """
+    Arguments of the dataclass `kind` from a YAML mapping, whose numbers may have come as text (`1e-3` in YAML 1.1).
+
+    Raises `ValueError` for a number that is none, and where one process sees several GPUs: transformers would split every
+    batch over them, tensor by tensor, and masks would part from their rows.
+    """
     values, types = dict(values), get_type_hints(kind)
     for key, value in values.items():
         kinds = set(get_args(types[key]) or [types[key]])
@@ -217,4 +222,10 @@ def training_arguments(values: dict[str, Any], kind: Any = MglmmTrainingArgument
             except ValueError:
                 wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
                 raise ValueError(f"setting {key} must be {wanted}, got {value!r}") from None
-    return kind(**values)
+    args = kind(**values)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs: start one for each (torchrun --standalone --nproc_per_node {args.n_gpu} -m "
+            "mglmm.cli train ...), or let it see one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return args

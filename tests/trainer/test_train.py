@@ -8,6 +8,7 @@ import yaml
 
 from mglmm.trainer.config import DataConfig, read_config
 from mglmm.trainer.train import main, run
+from mglmm.trainer.training_args import MglmmTrainingArguments
 
 
 @pytest.fixture
@@ -151,6 +152,12 @@ def test_wrong_overrides(config_file, overrides, message):
 def test_wrong_values_stop_the_run_before_anything_is_loaded(config_file, changes, message):
     with pytest.raises(ValueError, match=message):
         run(read_config(config_file(**changes), []))
+
+
+def test_one_process_does_not_share_a_batch_among_gpus(config_file, monkeypatch):
+    monkeypatch.setattr(MglmmTrainingArguments, "n_gpu", 2)  # as on a machine with two of them
+    with pytest.raises(ValueError, match="one process sees 2 GPUs: start one for each .*--nproc_per_node 2"):
+        run(read_config(config_file(), []))
 
 
 def test_usage():
