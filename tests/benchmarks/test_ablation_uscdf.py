@@ -46,6 +46,10 @@ def test_formats_differ_in_what_they_are_trained_on_and_in_nothing_else(
             folder.mkdir(exist_ok=True)
             if "--seed" in arguments:
                 (folder / "adapter_model.safetensors").touch()
+                lines = [{"step": step, "mask_iou": step / 100} for step in range(10, 90, 10)] + [
+                    {"step": 80, "loss": 1}
+                ]
+                (folder / "training_log.jsonl").write_text("\n".join(map(json.dumps, lines)))
             else:
                 (folder / benchmark.WARMUP).write_text(folder.name)
             return
@@ -100,7 +104,7 @@ def test_formats_differ_in_what_they_are_trained_on_and_in_nothing_else(
     page = (tmp_path / "docs" / "ablation_uscdf.md").read_text(encoding="utf-8")
     assert "30 for objects, 50 for parts, 20 for what is absent, 10 descriptions" in page
     assert "| object gIoU | 0.562 ± 0.088 | 0.312 ± 0.088 | +0.250 |" in page  # 0.5, 0.625 and 0.25, 0.375
-    assert "| plain | 1 | 0.375 | 0.250 | 0.188 | 0.500 | 0.750 | 0.125 | 0.875 | 0.375 | 1.500 |" in page
+    assert "| plain | 1 | 0.375 | 0.250 | 0.188 | 0.500 | 0.750 | 0.125 | 0.875 | 0.375 | 1.500 | 0.750 |" in page
     assert (tmp_path / "docs" / "images" / "ablation_uscdf.png").stat().st_size > 10_000
 
     calls.clear()
