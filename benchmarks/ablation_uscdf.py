@@ -9,8 +9,8 @@ Prepares the photographs in both formats (`mglmm prepare --format uscdf|plain`: 
 answers that point at something say `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`), warms the mask path of the small
 model up on phrases in both formats, trains it from there on each with every seed (`trainer/recipes/ablation_uscdf.yaml`),
 asks all the same held-out questions, and writes `docs/ablation_uscdf.md` with its plot. A run that was stopped goes on
-where it was. About an hour and a half on two CPU cores; `--quick` takes a few steps and writes into the work folder: it
-shows that the script works, not what the format is worth.
+where it was; one that was scored is kept in `runs.jsonl` of the work folder. About three hours on two CPU cores; `--quick`
+takes a few steps and writes into the work folder: it shows that the script works, not what the format is worth.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ RECIPE = ROOT / "trainer" / "recipes" / "ablation_uscdf.yaml"
 FORMATS = {"uscdf": "USCDF", "plain": "plain"}
 GROUP = "fashion+cars"
 WARMUP = "mask_warmup.safetensors"
+RUNS = "runs.jsonl"
 DESCRIPTIONS = ("panoptic", "fine")
 # Name: where it stands in the results of a group.
 METRICS = {
@@ -56,10 +57,23 @@ NAMES = (*METRICS, CIDER, LEARNED)
 
 
 class Run(NamedTuple):
-    """A trained and evaluated run: the figures of `NAMES`, and (step, mask IoU of the rows trained on) along its training."""
+    """
+    A trained and evaluated run.
 
+    Attributes:
+        kind, seed, steps, limit: Format and settings.
+        figures: Of `NAMES`.
+        curve: (step, mask IoU of the rows trained on) along its training.
+        questions: How many of each kind stand behind the figures.
+    """
+
+    kind: str
+    seed: int
+    steps: int
+    limit: int
     figures: dict[str, float]
     curve: list[tuple[int, float]]
+    questions: dict[str, int]
 
 
 def command(*arguments: object) -> None:
@@ -92,30 +106,40 @@ def cider(predictions: Path, data: Path) -> float:
     return score.compute()["clean"]["CIDEr"]
 
 
-def read_run(folder: Path, evaluation: Path, data: Path) -> Run:
-    """What one run reached, from its folder and that of its evaluation."""
+def finished_run(work: Path, kind: str, seed: int, steps: int, limit: int) -> Run | None:
+    """The run as `runs.jsonl` has it, if it was ever scored."""
+    path = work / RUNS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    runs = [Run(**json.loads(line)) for line in lines]
+    return next((run for run in runs if run[:4] == (kind, seed, steps, limit)), None)
+
+
+def score(work: Path, kind: str, seed: int, steps: int, limit: int) -> Run:
+    """Asks a trained run the held-out questions, and keeps what came out in `runs.jsonl`."""
+    folder, data = work / f"{kind}-{seed}-{steps}", work / "uscdf"
+    evaluation = folder / f"evaluation-{limit}"
+    command("evaluate", folder, "--data", data, "--output", evaluation, "--limit", limit)
     history = [json.loads(line) for line in (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = [(entry["step"], float(entry["mask_iou"])) for entry in history if "mask_iou" in entry]
-    results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
+    group: Any = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))["groups"][GROUP]
     figures = {}
     for name, path in METRICS.items():
-        value: Any = results["groups"][GROUP]
+        value = group
         for key in path:
             value = value[key]
         figures[name] = float(value)
     figures[CIDER] = cider(evaluation / "predictions.jsonl", data)
     figures[LEARNED] = mean(iou for _, iou in curve[-max(len(curve) // 4, 1) :])
-    return Run(figures, curve)
-
-
-def questions_of(folder: Path) -> str:
-    """How many questions of each kind stand behind the numbers."""
-    group: Any = json.loads((folder / "results.json").read_text(encoding="utf-8"))["groups"][GROUP]
-    descriptions = sum(group[kind]["images"] for kind in DESCRIPTIONS)
-    return (
-        f"{group['object']['questions']} for objects, {group['part']['questions']} for parts, {group['absent']} for what is "
-        f"absent, {descriptions} descriptions"
-    )
+    questions = {
+        "objects": group["object"]["questions"],
+        "parts": group["part"]["questions"],
+        "absent things": group["absent"],
+        "descriptions": sum(group[name]["images"] for name in DESCRIPTIONS),
+    }
+    run = Run(kind, seed, steps, limit, figures, curve, questions)
+    with (work / RUNS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run._asdict()) + "\n")
+    return run
 
 
 def spread(values: Sequence[float]) -> str:
@@ -146,22 +170,24 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report(runs: dict[str, list[Run]], seeds: Sequence[int], steps: str, questions: str) -> str:
+def report(runs: dict[str, list[Run]]) -> str:
+    first = runs["uscdf"][0]
+    questions = ", ".join(f"{number} {kind}" for kind, number in first.questions.items())
     rows = []
     for name in NAMES:
         values = {kind: [run.figures[name] for run in runs[kind]] for kind in FORMATS}
         gain = mean(values["uscdf"]) - mean(values["plain"])
         rows.append([name, *map(spread, values.values()), f"{gain:+.3f}"])
     each = [
-        [FORMATS[kind], str(seed), *(f"{run.figures[name]:.3f}" for name in NAMES)]
+        [FORMATS[kind], str(run.seed), *(f"{run.figures[name]:.3f}" for name in NAMES)]
         for kind in FORMATS
-        for seed, run in zip(seeds, runs[kind], strict=True)
+        for run in runs[kind]
     ]
     return f"""# Is USCDF worth it? The paper's ablation on real photographs
 
 The paper's Table 7 compares training with its text format, in which every mask follows the phrase it belongs to, against
 answers without phrases. Here the small model was trained both ways on the same photographs, questions and masks, with
-{len(seeds)} seeds each: {steps}. Referring answers read `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`;
+{len(runs["uscdf"])} seeds each: {first.steps} joint steps of 4 rows. Referring answers read `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`;
 descriptions carry phrases in both formats, since the phrases are what they say. Before that the mask path was warmed up in
 each format, on `[SEG]` states of the frozen language model that reads each phrase without a picture ("Please segment the
 hat.", answered as above). Held-out questions about fashion and cars, the same for all: {questions};
@@ -188,7 +214,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="held-out questions")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     options = parser.parse_args()
-    work: Path = options.work
+    work: Path = options.work / "quick" if options.quick else options.work
     docs = work / "docs" if options.quick else ROOT / "docs"
     seeds, limit = (options.seeds[:1], 20) if options.quick else (options.seeds, options.limit)
     steps, pictures = (2, 12) if options.quick else (options.steps, None)
@@ -205,18 +231,19 @@ def main() -> None:
     runs: dict[str, list[Run]] = {kind: [] for kind in FORMATS}
     for seed in seeds:
         for kind in FORMATS:
-            folder, evaluation = work / f"{kind}-{seed}", work / f"{kind}-{seed}-evaluation"
+            if run := finished_run(work, kind, seed, steps, limit):
+                runs[kind].append(run)
+                continue
+            folder = work / f"{kind}-{seed}-{steps}"
             if not (folder / "adapter_model.safetensors").is_file():
                 folder.mkdir(exist_ok=True)
                 shutil.copy(warm[kind], folder / WARMUP)
                 train(work, work / kind, folder, "--seed", seed, "--max_steps", steps, *often)
-            command("evaluate", folder, "--data", work / "uscdf", "--output", evaluation, "--limit", limit)
-            runs[kind].append(read_run(folder, evaluation, work / "uscdf"))
+            runs[kind].append(score(work, kind, seed, steps, limit))
             print(json.dumps({"format": kind, "seed": seed, **runs[kind][-1].figures}), flush=True)
     docs.mkdir(parents=True, exist_ok=True)
     plot(runs, docs / "images" / "ablation_uscdf.png")
-    text = report(runs, seeds, f"{steps} joint steps of 4 rows", questions_of(evaluation))
-    (docs / "ablation_uscdf.md").write_text(text, encoding="utf-8")
+    (docs / "ablation_uscdf.md").write_text(report(runs), encoding="utf-8")
     print(f"written to {docs / 'ablation_uscdf.md'}")
 
 

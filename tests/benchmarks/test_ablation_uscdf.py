@@ -55,8 +55,8 @@ def test_formats_differ_in_what_they_are_trained_on_and_in_nothing_else(
             return
         folder = Path(option(arguments, "--output"))
         folder.mkdir()
-        value = 0.5 if folder.name.startswith("uscdf") else 0.25
-        results = {"groups": {benchmark.GROUP: group(value + int(folder.name.split("-")[1]) / 8)}}
+        kind, seed, _ = folder.parent.name.split("-")
+        results = {"groups": {benchmark.GROUP: group((0.5 if kind == "uscdf" else 0.25) + int(seed) / 8)}}
         (folder / "results.json").write_text(json.dumps(results))
 
     def prepare(dataset: str, data_dir: Path, folder: Path, **options: Any) -> None:
@@ -94,20 +94,25 @@ def test_formats_differ_in_what_they_are_trained_on_and_in_nothing_else(
     assert [settings["--data.path"] for settings in warm] == [str(work / "uscdf")] * 2
     own = [tuple(settings.pop(name) for name in ("--data.path", "--seed", "--output_dir")) for settings in runs]
     order = [("uscdf", 0), ("plain", 0), ("uscdf", 1), ("plain", 1)]
-    assert own == [(str(work / kind), str(seed), str(work / f"{kind}-{seed}")) for kind, seed in order]
+    assert own == [(str(work / kind), str(seed), str(work / f"{kind}-{seed}-240")) for kind, seed in order]
     assert runs == [runs[0]] * 4 and runs[0]["--max_steps"] == "240"
     for kind, seed in order:
-        assert (work / f"{kind}-{seed}" / benchmark.WARMUP).read_text() == f"{kind}-warmup"
+        assert (work / f"{kind}-{seed}-240" / benchmark.WARMUP).read_text() == f"{kind}-warmup"
     asked = [call for call in calls if call[0] == "evaluate"]
     assert [option(call, "--data") for call in asked] == [str(work / "uscdf")] * 4
 
     page = (tmp_path / "docs" / "ablation_uscdf.md").read_text(encoding="utf-8")
-    assert "30 for objects, 50 for parts, 20 for what is absent, 10 descriptions" in page
+    assert "the same for all: 30 objects, 50 parts, 20 absent things, 10 descriptions;" in page
     assert "| object gIoU | 0.562 ± 0.088 | 0.312 ± 0.088 | +0.250 |" in page  # 0.5, 0.625 and 0.25, 0.375
     assert "| plain | 1 | 0.375 | 0.250 | 0.188 | 0.500 | 0.750 | 0.125 | 0.875 | 0.375 | 1.500 | 0.750 |" in page
     assert (tmp_path / "docs" / "images" / "ablation_uscdf.png").stat().st_size > 10_000
 
     calls.clear()
-    monkeypatch.setattr(benchmark, "command", lambda *arguments: calls.append([str(value) for value in arguments]))
-    benchmark.main()  # what is there is not made again; an evaluation goes on by itself
-    assert {call[0] for call in calls} == {"free answers", "evaluate"}
+    benchmark.main()  # what is there is not made again
+    assert [call[0] for call in calls] == ["free answers"]
+    assert (tmp_path / "docs" / "ablation_uscdf.md").read_text(encoding="utf-8") == page
+
+    monkeypatch.setattr("sys.argv", [*given, "--steps", "100", "--limit", "50"])
+    benchmark.main()  # other settings, other runs
+    assert [option(call, "--max_steps") for call in calls if call[0] == "train"] == ["100"] * 4
+    assert [option(call, "--limit") for call in calls if call[0] == "evaluate"] == ["50"] * 4
