@@ -205,7 +205,8 @@ numbers say how slowly a format is learned, and not what it would reach in the e
 ![Both formats](images/ablation_uscdf.png)
 
 {markdown_table(["run", "seed", *NAMES], each)}
-`python benchmarks/ablation_uscdf.py --data-dir PHOTOS --work runs/ablation` repeats it and writes this page.
+`python benchmarks/ablation_uscdf.py --data-dir PHOTOS --work runs/ablation` repeats it and writes this page. The numbers and
+curves of each run: [ablation_uscdf.jsonl](ablation_uscdf.jsonl).
 """
 
 
@@ -247,6 +248,7 @@ def main() -> None:
             print(json.dumps({"format": kind, "seed": seed, **runs[kind][-1].figures}), flush=True)
     docs.mkdir(parents=True, exist_ok=True)
     plot(runs, docs / "images" / "ablation_uscdf.png")
+    shutil.copy(work / RUNS, docs / "ablation_uscdf.jsonl")
     (docs / "ablation_uscdf.md").write_text(report(runs), encoding="utf-8")
     print(f"written to {docs / 'ablation_uscdf.md'}")
 

@@ -109,6 +109,8 @@ def test_formats_differ_in_what_they_are_trained_on_and_in_nothing_else(
         in page
     )
     assert (tmp_path / "docs" / "images" / "ablation_uscdf.png").stat().st_size > 10_000
+    behind = [json.loads(line) for line in (tmp_path / "docs" / "ablation_uscdf.jsonl").read_text().splitlines()]
+    assert [(run["kind"], run["seed"]) for run in behind] == order
 
     calls.clear()
     benchmark.main()  # what is there is not made again
