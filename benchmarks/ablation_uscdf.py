@@ -162,7 +162,7 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
             bars.plot([place + offset] * len(values), values, "k.", markersize=4)
         for run in of_format:
             curves.plot(*zip(*run.curve, strict=True), color=color, linewidth=1)
-    bars.set_xticks(range(len(NAMES)), [name.replace(" ", "\n", 1) for name in NAMES], fontsize=8)
+    bars.set_xticks(range(len(NAMES)), ["\n".join(name.split()) for name in NAMES], fontsize=8)
     bars.set_title("Held-out fashion and car photographs: mean over the seeds (bars), each run (dots)", fontsize=10)
     bars.legend()
     curves.set_title("Mask IoU of the rows trained on", fontsize=10)
@@ -193,13 +193,14 @@ answers without phrases. Here the small model was trained both ways on the same 
 {len(runs["uscdf"])} seeds each: {first.steps} joint steps of 4 rows. Referring answers read `Sure, <p> the hat </p> [SEG].` or `Sure, [SEG].`;
 descriptions carry phrases in both formats, since the phrases are what they say. Before that the mask path was warmed up in
 each format, on `[SEG]` states of the frozen language model that reads each phrase without a picture ("Please segment the
-hat.", answered as above). Held-out questions about fashion and cars, the same for all: {questions};
-greedy answers, not kept to the grammar of USCDF.
+hat.", answered as above). Held-out questions about fashion and cars, the same for all:
+{questions}; greedy answers, not kept to the grammar of USCDF.
 
 How to read it: mask recall asks for the right phrase and an IoU of 0.5, mIoU (over the true masks) for masks alone. In USCDF
 the words right before `[SEG]` name its target; without them the language model has to learn to fetch the target from the
-question. The mask IoU in training tells whether these steps were enough for that. Where it stays near nought, the held-out
-numbers say how slowly a format is learned, and not what it would reach in the end.
+question. The mask IoU in training tells whether these steps were enough for that (the rows of a step are of like length,
+hence its waves). Where it stays low, the held-out numbers say how slowly a format is learned, and not what it would reach in
+the end: the paper trains a larger model for far longer.
 
 {markdown_table(["mean ± standard deviation", *FORMATS.values(), "difference"], rows)}
 ![Both formats](images/ablation_uscdf.png)

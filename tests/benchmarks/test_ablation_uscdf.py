@@ -102,7 +102,7 @@ def test_formats_differ_in_what_they_are_trained_on_and_in_nothing_else(
     assert [option(call, "--data") for call in asked] == [str(work / "uscdf")] * 4
 
     page = (tmp_path / "docs" / "ablation_uscdf.md").read_text(encoding="utf-8")
-    assert "the same for all: 30 objects, 50 parts, 20 absent things, 10 descriptions;" in page
+    assert "the same for all:\n30 objects, 50 parts, 20 absent things, 10 descriptions;" in page
     assert "| object gIoU | 0.562 ± 0.088 | 0.312 ± 0.088 | +0.250 |" in page  # 0.5, 0.625 and 0.25, 0.375
     assert (
         "| plain | 1 | 0.375 | 0.250 | 0.188 | 0.500 | 0.750 | 0.125 | 0.875 | 0.375 | 0.625 | 0.062 | 1.500 | 0.750 |"
