@@ -196,6 +196,9 @@ each format, on `[SEG]` states of the frozen language model that reads each phra
 hat.", answered as above). Held-out questions about fashion and cars, the same for all:
 {questions}; greedy answers, not kept to the grammar of USCDF.
 
+The mask learning rate, 3e-5 for both, was chosen after a look at the plain format: at 3e-4 (one seed each) its masks emptied
+within 120 steps, object gIoU 0.001, while USCDF had 0.731.
+
 How to read it: mask recall asks for the right phrase and an IoU of 0.5, mIoU (over the true masks) for masks alone. In USCDF
 the words right before `[SEG]` name its target; without them the language model has to learn to fetch the target from the
 question. The mask IoU in training tells whether these steps were enough for that (the rows of a step are of like length,
