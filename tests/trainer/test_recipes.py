@@ -183,14 +183,18 @@ def test_recipes_fit_on_their_gpus(recipe, file):
 
 
 def test_the_recipes_of_the_small_model_fit_together(tmp_path):
-    first, then = (read_config(RECIPES / f"{name}.yaml", []) for name in ("mglmm_small", "mglmm_small_answers"))
+    names = ("mglmm_small", "mglmm_small_answers", "mglmm_small_views")
+    first, then, last = (read_config(RECIPES / f"{name}.yaml", []) for name in names)
     assert first.adapter is None and then.adapter == first.training["output_dir"]
-    assert then.model == first.model and then.data[0].path == first.data[0].path
-    assert then.language_model_dtype == first.language_model_dtype
+    assert last.adapter == then.training["output_dir"]
+    assert then.model == first.model == last.model and then.data[0].path == first.data[0].path
+    assert then.language_model_dtype == first.language_model_dtype == last.language_model_dtype
     assert then.data[0].task_weights.keys() == first.data[0].task_weights.keys()  # without "absent" none is refused
     same = ("lora_r", "lora_alpha", "lora_target", "cache_image_features")  # or the adapter would not fit
-    assert all(then.training[key] == first.training[key] for key in same)
-    assert not has_joint_stage(then, training_arguments({**then.training, "output_dir": str(tmp_path)}))
-    for stage, name, number in (("answer_warmup", "conversations_per_image", 18), ("mask_path", "masks_per_image", 5)):
-        args, settings = split_settings(stage, {**getattr(then, stage), "output_dir": str(tmp_path)})
+    assert all(then.training[key] == first.training[key] == last.training[key] for key in same)
+    for config in (then, last):
+        assert not has_joint_stage(config, training_arguments({**config.training, "output_dir": str(tmp_path)}))
+    stages = [(then, "answer_warmup", "conversations_per_image", 18), (then, "mask_path", "masks_per_image", 5)]
+    for config, stage, name, number in (*stages, (last, "mask_path", "masks_per_image", 5)):
+        args, settings = split_settings(stage, {**getattr(config, stage), "output_dir": str(tmp_path)})
         assert args.max_steps >= 300 and settings[name] == number
