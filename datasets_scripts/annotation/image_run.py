@@ -52,6 +52,7 @@ async def annotate_image(
     Raises `RunStopped` if the client does; what was made before is kept.
     """
     folder = ImageFolder(run, item.image_id)
+    folder.delete_leftovers()
     old = folder.status
     seeds: Mapping[str, int] = old["seeds"] if old else {}
     round_ = old["round"] if old else 0

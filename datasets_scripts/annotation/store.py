@@ -6,7 +6,8 @@ Where a run keeps what it has made of each image.
     RUN/cache/requests-<shard>.jsonl      answers of the model
 
 A stage file names the hashes of what it was made from; one whose hashes differ is made anew, and so is all that follows.
-Every file is written beside its place and moved there, so that a kill leaves a whole file or none.
+Every file is written beside its place and moved there, so that a kill leaves a whole file or none; what it left beside the
+place is deleted when the image is looked at again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .config import digest_of
 STAGES = ("geometry", "labels", "tree", "contexts")  # each is made from the one before
 SCHEMA = 1
 RUN_FILE = "run.json"
+PARTIAL = ".partial"
 Stage = Literal["geometry", "labels", "tree", "contexts"]
 
 
@@ -63,6 +65,11 @@ class ImageFolder:
     def write(self, stage: Stage, payload: Any, *, inputs: str, config: str) -> None:
         content = {"schema": SCHEMA, "stage": stage, "inputs": inputs, "config": config, "payload": payload}
         write_atomically(self.path / f"{stage}.json", json.dumps(content, sort_keys=True) + "\n")
+
+    def delete_leftovers(self) -> None:
+        """Of writes that a kill cut short. Not while another process writes here: an image is of one shard, which one has."""
+        for leftover in self.path.glob(f"*{PARTIAL}"):
+            leftover.unlink(missing_ok=True)
 
     @property
     def status(self) -> Status | None:
@@ -108,7 +115,7 @@ def payload_hash(payload: Any) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=PARTIAL)
     with open(handle, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -335,6 +335,8 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(
         process = started(images, run, server, held)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        for stage in run.glob("images/*/*/geometry.json"):  # it may also have died in the middle of a file
+            stage.with_name("contexts.json.x1.partial").write_text('{"items": [')
         answered = {json.loads(line)["key"] for line in cache_lines(run) if line.endswith("}")}
         before = len(server.requests)
         assert before > number
