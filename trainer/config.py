@@ -53,7 +53,7 @@ class RunConfig:
         model (`str` or `dict`): Folder or hub id of the model to start from; or the parts of a new one: `vision_tower`,
             `language_model` and `sam` for `from_parts`, and the folder or hub id of its `processor`.
         data (`list[DataConfig]`): What to train on.
-        training (`dict`): Fields of `MglmmTrainingArguments`.
+        training (`dict`): Fields of `MglmmTrainingArguments`. With `max_steps: 0` the run ends with the stages named below.
         eval_data (`list[DataConfig]`, *optional*): Held-out rows, scored as `training.eval_strategy` says.
         rows_per_epoch (`int`, *optional*): Rows drawn from the mixture per epoch; by default the sum of their numbers.
         streaming (`bool`, *optional*, defaults to `False`): Read the datasets as streams; needs `training.max_steps`.
@@ -66,8 +66,7 @@ class RunConfig:
         mask_path (`dict`, *optional*): The same for a third stage that trains the mask path alone on the frozen language
             model's states (see `mask_stage.py`), plus `masks_per_image` (5), `conversations` (6000, the rows whose states
             are computed), `source_weights` (of pictures, by the source of their rows) and `phrase_weights` (of masks, by
-            the last word of their phrase), 1 where not named. Needs `max_steps`. After it `training.max_steps: 0` leaves
-            the joint stage out.
+            the last word of their phrase), 1 where not named. Needs `max_steps`.
         adapter (`str`, *optional*): Folder of an adapter of the same model to go on from; what it lacks starts fresh.
         language_model_dtype (`str`, *optional*, defaults to `"float32"`): Of the frozen language-model weights.
         quantization (`str`, *optional*): `"4bit"` or `"8bit"` for the frozen language model (needs bitsandbytes).
@@ -187,9 +186,9 @@ def check_positive(values: dict[str, Any], settings: tuple[str, ...], where: str
                 raise ValueError(f"{where}: {name} gives {key!r} {weight!r}, which must be a {number} above zero")
 
 
-def has_joint_stage(config: RunConfig, args: MglmmTrainingArguments) -> bool:
-    """Whether a joint stage ends the run: all but one that says `max_steps: 0` after the stage `mask_path`."""
-    return config.mask_path is None or args.max_steps != 0
+def has_joint_stage(args: MglmmTrainingArguments) -> bool:
+    """Whether a joint stage ends the run: all but one that says `max_steps: 0`, which ends with the stage before it."""
+    return args.max_steps != 0
 
 
 def check_present(values: dict[str, Any], required: tuple[str, ...], where: str) -> None:

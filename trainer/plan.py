@@ -168,7 +168,7 @@ def plan(config: RunConfig, num_processes: int = 1, strategy: Strategy = "ddp") 
     if epoch is None and all(rows.number is not None for rows in found):
         epoch = sum(rows.number or 0 for rows in found)
     steps: int | None = args.max_steps
-    if args.max_steps <= 0 and has_joint_stage(config, args):
+    if args.max_steps <= 0 and has_joint_stage(args):
         steps = None if epoch is None else math.ceil(math.ceil(epoch / rows_per_step) * args.num_train_epochs)
     means = np.stack([rows.sizes.mean(axis=0) for rows in found])
     per_step = rows_per_step * shares @ means
@@ -196,7 +196,7 @@ def plan(config: RunConfig, num_processes: int = 1, strategy: Strategy = "ddp") 
             length = f"{own.max_steps:,} steps" if own.max_steps > 0 else f"{own.num_train_epochs:g} epochs"
             images = own.per_device_train_batch_size * own.gradient_accumulation_steps * num_processes
             notes.append(f"the stage {stage} comes before, {length} of {images:,} images")
-    if not has_joint_stage(config, args):
+    if not has_joint_stage(args):
         notes.append("no joint stage follows: the memory is what it would need")
     optimizer = OptimizerNames(args.optim).value
     if not optimizer.startswith("adamw_torch"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -10,7 +11,7 @@ from mglmm.hub_cards.cards import model_card
 from mglmm.modeling_mglmm import MglmmForConditionalGeneration
 from mglmm.processing import MglmmProcessor
 
-from .config import RunConfig
+from .config import RunConfig, has_joint_stage
 from .merging import parents_of, public_name
 from .training_args import MASK_MODULES, MglmmTrainingArguments
 
@@ -20,27 +21,30 @@ def run_card(
     processor: MglmmProcessor,
     config: RunConfig,
     args: MglmmTrainingArguments,
-    mask_path: MglmmTrainingArguments | None = None,
+    stages: Mapping[str, MglmmTrainingArguments],
 ) -> ModelCard:
     """
-    What the run starts from, trains and reads; `model` still without its adapter. `mask_path`: arguments of that stage, if
-    the run ends with it.
+    What the run starts from, trains and reads; `model` still without its adapter. `stages`: arguments of those that come
+    before the joint one, in their order.
     """
     bases = list(config.model.values()) if isinstance(config.model, dict) else [config.model]
     in_full = [part for part in args.trained_modules if getattr(model.model, part) is not None]
-    what = [f"LoRA of rank {args.lora_r} on the language model"] if args.lora_r else []
-    what += ["the rows of the new tokens"] if args.train_new_tokens else []
+    lora = [f"LoRA of rank {args.lora_r} on the language model"] if args.lora_r else []
+    what = [*lora, *(["the rows of the new tokens"] if args.train_new_tokens else [])]
     whole = "language_model" in in_full
     parts = [*in_full, *(["language_model"] if what and not whole else [])]
     if (args.train_new_tokens or whole) and not model.config.tie_word_embeddings:
         parts.append("lm_head")
-    trained = ", ".join([*what, *in_full])
-    last, stage, unit = args, "training", "rows"
-    if mask_path is not None:
-        trained = f"{', '.join(part for part in in_full if part in MASK_MODULES)} and nothing else"
-        last, stage, unit = mask_path, "mask_path", "images"
-    length = f"{last.max_steps} steps" if last.max_steps > 0 else f"{last.num_train_epochs:g} epochs"
-    rows = last.train_batch_size * last.gradient_accumulation_steps * last.world_size
+    projector = ["multi_modal_projector"] if "multi_modal_projector" in in_full else []
+    mask_modules = [part for part in in_full if part in MASK_MODULES]
+    of_stages = {
+        "mask_warmup": [*mask_modules, *(projector if model.config.share_vision_tower else [])],
+        "answer_warmup": [*lora, *projector],
+        "mask_path": mask_modules,
+    }
+    runs = [f"`{name}`: {', '.join(of_stages[name])}; {_length(own, 'images')}" for name, own in stages.items()]
+    if joint := has_joint_stage(args):
+        runs.append(f"{'Then ' if runs else ''}{', '.join([*what, *in_full])}; {_length(args, 'rows')}")
     data = [
         f"| {public_name(d.path)} | {d.name or 'default'} | {d.split} | {'' if d.weight is None else d.weight} |"
         for d in config.data
@@ -50,10 +54,9 @@ def run_card(
         f"`{', '.join(map(public_name, bases))}`, and `mglmm merge` makes one checkpoint of the two."
     )
     training = (
-        f"Trained: {trained}; {length} of {rows} {unit}, learning rate {last.learning_rate:g}, "
-        f"seed {args.seed}.\n\n| data | configuration | split | weight |\n|---|---|---|---:|\n"
+        f"Trained: {'. '.join(runs)}. Seed {args.seed}.\n\n| data | configuration | split | weight |\n|---|---|---|---:|\n"
         + "\n".join(data)
-        + f"\n\n![Curves of the run]({stage}_curves.png)"
+        + f"\n\n![Curves of the run]({'training' if joint else [*stages][-1]}_curves.png)"
     )
     card = model_card(
         model,
@@ -68,3 +71,9 @@ def run_card(
     if not whole:
         card.data["base_model_relation"] = "adapter"
     return card
+
+
+def _length(args: MglmmTrainingArguments, unit: str) -> str:
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return f"{length} of {size} {unit}, learning rate {args.learning_rate:g}"

@@ -136,6 +136,8 @@ def check_run(config: RunConfig, args: MglmmTrainingArguments) -> None:
                 raise ValueError(f"{stage} works on cached features: set training.cache_image_features to a folder")
             if config.streaming:
                 raise ValueError(f"{stage} needs all rows at hand: set streaming to false")
+    if not has_joint_stage(args) and not any(getattr(config, stage) is not None for stage in stages.NAMES):
+        raise ValueError("training.max_steps is 0 and no stage comes before: nothing would be trained")
     if config.streaming:
         if args.cache_image_features is not None:
             raise ValueError("a stream cannot be encoded beforehand: leave out training.cache_image_features")
@@ -199,8 +201,8 @@ def run(config: RunConfig) -> Path:
 
     if isinstance(config.model, dict):
         _keep_base(model, processor, output_dir / "base")
-    joint = has_joint_stage(config, args)
-    card = run_card(model, processor, config, args, mask_path=None if joint else stage_args["mask_path"][0])
+    joint = has_joint_stage(args)
+    card = run_card(model, processor, config, args, {stage: own[0] for stage, own in stage_args.items()})
     new_tokens = processor.tokenizer.convert_tokens_to_ids(NEW_TOKENS)
     set_seed(args.seed)  # here, so that LoRA starts alike whether or not the first stage ran in this process
     trained = make_trainable(model, args, new_tokens)

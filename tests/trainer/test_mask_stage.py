@@ -1,6 +1,7 @@
 """The stage that trains the mask path alone: on the right states, with the gradients of a joint step, drawn by weight."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -251,7 +252,10 @@ def test_a_run_that_ends_with_the_stage_and_one_that_is_killed_twice(config_file
     assert not torch.equal(*(model.mask_projector.linear_1.weight for model in models))
 
     card = (folder / "README.md").read_text()
-    assert "Trained: mask_projector, mask_decoder, pixel_neck and nothing else; 5 steps of 2 images" in card
+    assert (
+        "Trained: `mask_path`: mask_projector, mask_decoder, pixel_neck; 5 steps of 2 images, learning rate 0.005."
+        in card
+    )
     assert "(mask_path_curves.png)" in card and (folder / "mask_path_curves.png").is_file()
     assert len((folder / "mask_path_log.jsonl").read_text().splitlines()) == 6  # five steps and the summary
     assert not (folder / "training_log.jsonl").exists() and (folder / "tokenizer.json").is_file()
@@ -279,6 +283,21 @@ def test_a_run_that_ends_with_the_stage_and_one_that_is_killed_twice(config_file
         train.main([*arguments, "--max_steps", "1"])
     joint = adapter_of(killed)
     assert any("lora_" in name for name in joint if not torch.equal(joint[name], after[name]))
+
+
+@pytest.mark.usefixtures("base", "dataset_folder")
+def test_a_run_that_ends_with_the_answers_takes_no_joint_step(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "plot_curves", lambda *args, **kwargs: None)
+    stage = yaml.safe_load(config_file.read_text())["mask_path"]
+    stage = {key: value for key, value in stage.items() if key not in ("masks_per_image", "phrase_weights")}
+    tasks = ["--data.task_weights", "{}"]  # with refusals
+    train.main([str(config_file), *tasks, "--mask_path", "null", "--answer_warmup", json.dumps(stage)])
+    folder = tmp_path / "run"
+    assert not [*folder.glob("training_log*"), *folder.glob("checkpoint-*")] and (folder / "tokenizer.json").is_file()
+    assert any(value.any() for name, value in adapter_of(folder).items() if "lora_B" in name)
+    card = (folder / "README.md").read_text()
+    assert "`answer_warmup`: LoRA of rank 8 on the language model, multi_modal_projector; 5 steps of 2 images" in card
+    assert "(answer_warmup_curves.png)" in card
 
 
 @pytest.mark.usefixtures("base", "dataset_folder")

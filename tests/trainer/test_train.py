@@ -134,6 +134,7 @@ def test_wrong_overrides(config_file, overrides, message):
         ({"mask_warmup": {"max_steps": 1}}, "mask_warmup works on cached features: set training.cache_image_features"),
         ({"answer_warmup": {"max_steps": 1}}, "answer_warmup works on cached features"),
         ({"streaming": True}, "a stream has no end: set training.max_steps"),
+        ({"training": {"max_steps": 0, "use_cpu": True}}, "max_steps is 0 and no stage comes before: nothing would be"),
         (
             {"streaming": True, "rows_per_epoch": 9, "training": {"max_steps": 3, "use_cpu": True}},
             "a stream has no epochs: leave out rows_per_epoch",
