@@ -55,9 +55,11 @@ def model_card(
         limits: Sentences on what this checkpoint cannot do, beside those of the architecture.
 
     Raises:
-        ValueError: if `trained` names a part that the model does not have or that is never trained.
+        ValueError: if `trained` names a part that the model does not have or that is never trained, or if `metrics` call
+            data by several names that the Hub takes for one.
     """
     parts = _parts(model, trained)
+    _check_names(metrics)
     data = ModelCardData(
         model_name=model_name if metrics else None,  # the name under which the Hub lists the results
         base_model=list(base_model) or None,
@@ -85,6 +87,19 @@ def model_card(
         results=metrics,
         limits=[*_architecture_limits(model), *limits],
     )
+
+
+def _check_names(metrics: Sequence[EvalResult]) -> None:
+    """Results are grouped without looking at `dataset_name`: all of a group would be listed under the first one's."""
+    names: dict[tuple[Any, ...], set[str]] = {}
+    for result in metrics:
+        names.setdefault(result.unique_identifier, set()).add(result.dataset_name)
+    for same in names.values():
+        if len(same) > 1:
+            raise ValueError(
+                f"the Hub would list the results on {' and '.join(sorted(same))} as of one dataset: "
+                "give them another dataset_type, dataset_config or dataset_split each"
+            )
 
 
 @dataclass

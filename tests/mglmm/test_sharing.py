@@ -22,6 +22,7 @@ import mglmm
 from mglmm.hub_cards.cards import model_card
 from mglmm.modeling_mglmm.configuration_mglmm import CUSTOM_PIPELINES
 from mglmm.sharing import export
+from mglmm.small.checkpoint import TRAINED
 from tests.hub_server import TOKEN, HubServer, hub_server
 from tests.mglmm.remote_code import TASK, answers
 from tests.tiny import Tiny, picture, tiny_model
@@ -275,6 +276,25 @@ def test_a_pushed_model_loads_back_where_the_package_is_not_installed(
 
 
 # ---------------------------------------------------------------------- card
+
+
+def test_results_on_two_datasets_are_not_listed_as_of_one(tiny: Tiny) -> None:
+    results = [EvalResult("image-segmentation", "photos", name, "giou", 0.5) for name in ("Cars", "Scenes")]
+    with pytest.raises(
+        ValueError, match="results on Cars and Scenes as of one dataset: give them another dataset_type"
+    ):
+        model_card(tiny.model, model_name="hats", metrics=results)
+    results[1].dataset_config = "scenes"
+    again = ModelCard(str(model_card(tiny.model, model_name="hats", metrics=results)))
+    assert [result.dataset_name for result in again.data.eval_results] == ["Cars", "Scenes"]
+
+
+def test_the_small_checkpoints_card_lists_the_results_of_its_table() -> None:
+    card = ModelCard.load(TRAINED / "README.md")
+    table = re.findall(r"^\| (.+) \(held out\) \| (.+) \| ([\d.]+) \|$", card.text, re.MULTILINE)
+    assert len(table) > 5 and table == [
+        (result.dataset_name, result.metric_name, str(result.metric_value)) for result in card.data.eval_results
+    ]
 
 
 def test_the_card_says_what_was_given_and_nothing_else(tiny: Tiny) -> None:
