@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mglmm.datasets_scripts import scene_templates, templates
+from mglmm.datasets_scripts import scene_templates, templates, training_templates
 from mglmm.datasets_scripts.labels import BODY, CARRIED
 from mglmm.datasets_scripts.targets import Target
 from mglmm.datasets_scripts.templates import capitalise, choose, loosen
@@ -75,7 +75,7 @@ def ask_for_one(rng: random.Random, target: Target, *, follow_up: bool = False, 
         questions = templates.SEARCH_QUESTIONS_PLURAL if target.noun.is_plural() else templates.SEARCH_QUESTIONS
     else:
         query = definite(rng, target)
-        questions = templates.TRAINING_QUESTIONS if varied else templates.DEFINITE_QUESTIONS
+        questions = (training_templates if varied else templates).DEFINITE_QUESTIONS
     question = loosen(rng, choose(rng, questions).format(x=query))
     if target.mask is None:
         named = target.noun.indefinite() if questions is templates.BARE_QUESTIONS else query
@@ -90,7 +90,7 @@ def ask_by_phrase(
     rng: random.Random,
     phrase: str,
     target: Target,
-    questions: tuple[str, ...] = templates.TRAINING_QUESTIONS,
+    questions: tuple[str, ...] = training_templates.DEFINITE_QUESTIONS,
     *,
     query: str | None = None,
 ) -> Turn:
@@ -196,13 +196,19 @@ def refer(
 
 
 def describe_image(
-    rng: random.Random, objects: Sequence[Target], *, coloured: bool = False, placed: bool = False
+    rng: random.Random,
+    objects: Sequence[Target],
+    *,
+    coloured: bool = False,
+    placed: bool = False,
+    varied: bool = False,
 ) -> Turn:
     """A panoptic description of the `MAX_MENTIONS` largest targets, from left to right or from large to small.
 
     Args:
         coloured: Say the colours that are known.
         placed: Say what is on the left and on the right, where that is clear.
+        varied: Ask in the phrasings of training too, which no question of the benchmark has.
     """
     chosen = sorted(objects, key=lambda target: -target.area)[:MAX_MENTIONS]
     if rng.random() < 0.5:
@@ -236,7 +242,8 @@ def describe_image(
         sentences.append(_first_mentions(there, coloured))
         openings.append(choose(rng, scene_templates.PLACE_OPENINGS[place]))
     answer = " ".join(opening.format(p=phrases) for opening, phrases in zip(openings, sentences, strict=True))
-    return Turn(loosen(rng, choose(rng, templates.PANOPTIC_QUESTIONS)), answer, masks_of(mentioned))
+    questions = (training_templates if varied else templates).PANOPTIC_QUESTIONS
+    return Turn(loosen(rng, choose(rng, questions)), answer, masks_of(mentioned))
 
 
 def describe_parts(
@@ -246,14 +253,14 @@ def describe_parts(
 
     Args:
         coloured: Say the colours that are known: of what a person wears, else of the object.
-        varied: Use the phrasings of training too, which no answer of the benchmark has.
+        varied: Use the phrasings of training too, which the benchmark does not have.
     """
     chosen = sorted(parts, key=lambda part: -part.area)[:MAX_MENTIONS]
     chosen.sort(key=lambda part: part.box[1] + part.box[3] / 2)
     is_person = target.noun.name == "person"
     plural = target.noun.is_plural(target.count)
     whole = target.noun.definite(target.count)
-    questions = templates.FINE_QUESTIONS
+    questions = (training_templates if varied else templates).FINE_QUESTIONS
     if is_person:
         questions += templates.FINE_PERSON_QUESTIONS_PLURAL if plural else templates.FINE_PERSON_QUESTIONS
     question = loosen(rng, choose(rng, questions).format(x=whole))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from mglmm.processing.uscdf import render_phrase
 
 from . import scene_templates as texts
+from . import training_templates
 from .attributes import COLOURS, contradicts
 from .conversations import Turn, ask_by_phrase, ask_for_one, masks_of, refusal, reworded
 from .labels import BODY
@@ -22,7 +23,7 @@ from .phrase_templates import REGION_QUESTIONS
 from .relations import APART, UNCLEAR, neighbours, owned, relations
 from .scene import AbsentLabels, Scene
 from .targets import Target
-from .templates import TRAINING_QUESTIONS, choose, loosen
+from .templates import choose, loosen
 
 TRIES = 5  # to draw an object among absent labels, of which most are parts
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -168,7 +169,7 @@ def ask_for_wrong_colour(rng: random.Random, scene: Scene) -> Turn | None:
     target = reworded(rng, rng.choice(targets))
     colour = rng.choice([other for other in COLOURS if contradicts(target.colour or "", other)])
     wrong = replace(target, noun=target.noun.coloured(colour), owner=None, mask=None)
-    question = loosen(rng, choose(rng, TRAINING_QUESTIONS).format(x=wrong.noun.definite()))
+    question = loosen(rng, choose(rng, training_templates.DEFINITE_QUESTIONS).format(x=wrong.noun.definite()))
     return Turn(question, refusal(rng, [wrong.noun.indefinite()], wrong))
 
 

@@ -207,7 +207,8 @@ def _variant(
     rng = generator("style")
     coloured, placed = rng.random() < COLOURED_SHARE, rng.random() < PLACED_SHARE
     if scene.objects:
-        yield "panoptic", [describe_image(generator("panoptic"), scene.objects, coloured=coloured, placed=placed)]
+        turn = describe_image(generator("panoptic"), scene.objects, coloured=coloured, placed=placed, varied=True)
+        yield "panoptic", [turn]
     whole = scene.most_divided
     if whole is not None:
         coloured = rng.random() < COLOURED_SHARE

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mglmm.datasets_scripts import phrase_templates, scene_templates, templates
+from mglmm.datasets_scripts import phrase_templates, scene_templates, templates, training_templates
 from mglmm.datasets_scripts.conversations import describe_image, describe_parts
 from mglmm.datasets_scripts.questions import (
     ask_about_region,
@@ -316,7 +316,7 @@ def test_the_colour_of_a_thing_is_said_of_the_whole_and_not_of_each_part() -> No
 def test_paraphrases_are_never_said_in_training() -> None:
     said = [
         text
-        for module in (templates, scene_templates, phrase_templates)
+        for module in (templates, training_templates, scene_templates, phrase_templates)
         for name, value in vars(module).items()
         if name != "PARAPHRASES" and name.isupper()
         for texts in (value.values() if isinstance(value, dict) else [value])

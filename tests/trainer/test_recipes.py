@@ -183,18 +183,21 @@ def test_recipes_fit_on_their_gpus(recipe, file):
 
 
 def test_the_recipes_of_the_small_model_fit_together(tmp_path):
-    names = ("mglmm_small", "mglmm_small_answers", "mglmm_small_views")
-    first, then, last = (read_config(RECIPES / f"{name}.yaml", []) for name in names)
-    assert first.adapter is None and then.adapter == first.training["output_dir"]
-    assert last.adapter == then.training["output_dir"]
-    assert then.model == first.model == last.model and then.data[0].path == first.data[0].path
-    assert then.language_model_dtype == first.language_model_dtype == last.language_model_dtype
-    assert then.data[0].task_weights.keys() == first.data[0].task_weights.keys()  # without "absent" none is refused
+    names = ("mglmm_small", "mglmm_small_answers", "mglmm_small_wordings", "mglmm_small_views")
+    first, answers, wordings, views = configs = [read_config(RECIPES / f"{name}.yaml", []) for name in names]
+    assert first.adapter is None
+    assert [config.adapter for config in configs[1:]] == [config.training["output_dir"] for config in configs[:-1]]
+    assert answers.data[0].path == first.data[0].path and views.data[0].path == wordings.data[0].path
+    assert answers.data[0].task_weights.keys() == first.data[0].task_weights.keys()  # without "absent" none is refused
+    assert not wordings.data[0].task_weights  # all tasks
     same = ("lora_r", "lora_alpha", "lora_target", "cache_image_features")  # or the adapter would not fit
-    assert all(then.training[key] == first.training[key] == last.training[key] for key in same)
-    for config in (then, last):
-        assert not has_joint_stage(config, training_arguments({**config.training, "output_dir": str(tmp_path)}))
-    stages = [(then, "answer_warmup", "conversations_per_image", 18), (then, "mask_path", "masks_per_image", 5)]
-    for config, stage, name, number in (*stages, (last, "mask_path", "masks_per_image", 5)):
-        args, settings = split_settings(stage, {**getattr(config, stage), "output_dir": str(tmp_path)})
-        assert args.max_steps >= 300 and settings[name] == number
+    for config in configs[1:]:
+        assert (config.model, config.language_model_dtype) == (first.model, first.language_model_dtype)
+        assert all(config.training[key] == first.training[key] for key in same)
+        assert not has_joint_stage(training_arguments({**config.training, "output_dir": str(tmp_path)}))
+    for config in (answers, wordings):
+        args, settings = split_settings("answer_warmup", {**(config.answer_warmup or {}), "output_dir": str(tmp_path)})
+        assert args.max_steps >= 190 and settings["conversations_per_image"] == 18
+    for config in (answers, views):
+        args, settings = split_settings("mask_path", {**(config.mask_path or {}), "output_dir": str(tmp_path)})
+        assert args.max_steps >= 1500 and settings["masks_per_image"] == 5
