@@ -11,10 +11,13 @@ os.environ["MPLBACKEND"] = "Agg"
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("tests", deadline=None)  # a busy machine is no defect
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def boxes(draw, least: int) -> tuple[int, int, int, int]:
     return left, top, draw(st.integers(left + least, SIZE[1])), draw(st.integers(top + least, SIZE[0]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), seed=st.integers(0, 10**9))
 def test_masks_stay_on_what_they_are_of(data: st.DataObject, seed: int) -> None:
     largest, other = data.draw(st.composite(boxes)(8)), data.draw(st.composite(boxes)(2))

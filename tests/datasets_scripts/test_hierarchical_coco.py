@@ -52,9 +52,12 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
             0,
             "referring",
             [
-                ("i want one single mask of the car.", "Sorry, I cannot find the car in this picture."),
-                ("Cover the sky completely with one mask.", "Sure, <p> the sky </p> [SEG]."),
-                ("Tell me which pixels show all the dogs.", "Sure, <p> all the dogs </p> [SEG]."),
+                (
+                    "try to capture the whole shape of the car in a mask.",
+                    "Sorry, I cannot find the car in this picture.",
+                ),
+                ("Assist me in masking the sky for a collage.", "Sure, <p> the sky </p> [SEG]."),
+                ("Only all the dogs, nothing else.", "Sure, <p> all the dogs </p> [SEG]."),
                 ("where: bag", "I looked for a bag, but without success."),
                 (
                     "draw a mask over each of these: the grass and the trunk of the car.",
@@ -69,14 +72,17 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
             0,
             "referring",
             [
-                ("Trace the outline of the bag", "Sure, <p> the bag </p> [SEG]."),
+                ("Having the bag outlined would help me a lot.", "Done: <p> the bag </p> [SEG]."),
                 ("What do you see above the jeans? Show me with a mask.", "Sure, <p> the coat </p> [SEG]."),
                 (
                     "Highlight the person, the person's hair and the jeans of the person, one by one.",
                     "Sure, <p> the person </p> [SEG], <p> the person's hair </p> [SEG], and "
                     "<p> the jeans of the person </p> [SEG].",
                 ),
-                ("Outline the coat of the person.", "Sure, <p> the coat of the person </p> [SEG]."),
+                (
+                    "Can you show me the coat of the person in the image?",
+                    "Sure, <p> the coat of the person </p> [SEG].",
+                ),
             ],
             [(BAG,), (COAT,), (PERSON,), (HAIR,), (JEANS,), (COAT,)],
         ),
@@ -85,7 +91,7 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
             False,
             1,
             "referring",
-            [("I would like a mask for the coat.", "Sure, <p> the coat </p> [SEG].")],
+            [("Pinpoint the coat with a pixel mask.", "Done: <p> the coat </p> [SEG].")],
             [(COAT,)],
         ),
         (
@@ -93,7 +99,12 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
             False,
             2,
             "referring",
-            [("Segment the person as a whole", "The mask shows <p> the person </p> [SEG].")],
+            [
+                (
+                    "Where in the image can the person be seen? Reply with a mask",
+                    "The mask shows <p> the person </p> [SEG].",
+                )
+            ],
             [(PERSON,)],
         ),
         (
@@ -103,7 +114,7 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
             "referring",
             [
                 (
-                    "I want to cut the wheel on the right out of this photo.",
+                    "Create a mask for the wheel on the right.",
                     "Sure, <p> the wheel on the right </p> [SEG].",
                 )
             ],
@@ -124,7 +135,7 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
             "panoptic",
             [
                 (
-                    "I would like a description of this image with masks in it.",
+                    "Hey, what's in this picture? Show me a mask for each thing!",
                     "The picture shows <p> a person </p> [SEG] with <p> a bag </p> [SEG].",
                 )
             ],
@@ -150,7 +161,7 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
             "fine",
             [
                 (
-                    "Describe the person in detail and mark every part.",
+                    "Take a closer look at the person and segment what you name.",
                     "Looking closely at the person, I see <p> a coat </p> [SEG] and <p> jeans </p> [SEG]. "
                     "One can also see <p> the hair </p> [SEG].",
                 )
@@ -164,7 +175,7 @@ def rows_of(content: dict, image: int, *, benchmark: bool = False) -> list[dict]
             "fine",
             [
                 (
-                    "Give me a detailed description of the car with a mask for each part.",
+                    "List the parts of the car in full sentences, each with a segmentation mask.",
                     "The car shows <p> the hood </p> [SEG] and <p> the wheels </p> [SEG].",
                 )
             ],

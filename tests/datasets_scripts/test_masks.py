@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -60,7 +60,6 @@ def test_broken_masks_are_refused(segmentation, reason: str) -> None:
         rle_of(segmentation, *SIZE)
 
 
-@settings(deadline=None)
 @given(arrays(bool, (6, 8)), arrays(bool, (6, 8)))
 def test_a_union_is_the_union(one: np.ndarray, two: np.ndarray) -> None:
     if not (one | two).any():
@@ -70,7 +69,6 @@ def test_a_union_is_the_union(one: np.ndarray, two: np.ndarray) -> None:
         assert (decode_mask(union([encode_mask(one), encode_mask(two)])) == (one | two)).all()
 
 
-@settings(deadline=None)
 @given(arrays(np.uint8, (5, 7), elements=st.sampled_from([0, 3, 255])))
 def test_values_part_the_image(values: np.ndarray) -> None:
     rles = rles_of_values(values, ignored=(255,))

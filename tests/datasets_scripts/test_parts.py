@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_objects_parts_and_parts_of_parts_of_ade20k(ade: Callable[..., Ade20kPar
             {"role": "assistant", "content": "Sure, <p> the cars </p> [SEG] and <p> the handle </p> [SEG]."},
             {"role": "user", "content": "Thanks. And the car's door"},
             {"role": "assistant", "content": "Here you go: <p> the car's door </p> [SEG]."},
-            {"role": "user", "content": "I want to cut the sky out of this photo."},
+            {"role": "user", "content": "Make a mask that covers the sky."},
             {"role": "assistant", "content": "Sure, <p> the sky </p> [SEG]."},
         ],
         "masks": [
@@ -335,7 +336,7 @@ def test_labels_that_are_not_exhaustive_are_not_asked_for(write: Callable[..., P
     builder.split_items()
     rows = builder.usable_rows(TRAIN)
     assert {json.dumps(mask) for row in rows for mask in row["masks"]} == {json.dumps(box_rle(SIZE, UNLABELLED))}
-    assert "car" not in json.dumps([row["messages"] for row in rows])
+    assert not re.search(r"\bcars?\b", json.dumps([row["messages"] for row in rows]))
     assert builder.skipped == {**NO_SPLITS, "part of a label that is not annotated exhaustively": 2}
 
 

@@ -64,7 +64,7 @@ def test_grounded_captions(caption, spans, answer, masks) -> None:
 TEXT = st.text(alphabet="ab <p>/[SEG]\n\"'.{}é", max_size=30)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(TEXT, st.lists(st.tuples(st.integers(-5, 35), st.integers(-5, 35)), max_size=6))
 def test_any_caption_and_spans_stay_aligned(caption: str, spans: list[tuple[int, int]]) -> None:
     answer, masks = grounded(caption, [Span(start, end, A) for start, end in spans])
@@ -72,7 +72,7 @@ def test_any_caption_and_spans_stay_aligned(caption: str, spans: list[tuple[int,
     assert len(parse(answer).mentions) == len(masks) == answer.count(SEG_TOKEN)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(TEXT, st.booleans()), min_size=1, max_size=4), st.integers(0, 10**6))
 def test_any_expressions_stay_aligned(texts: list[tuple[str, bool]], seed: int) -> None:
     usable = []

@@ -72,7 +72,7 @@ def test_first_by_hash_shows_a_photograph_once() -> None:
     assert sorted(answer.photograph[1] for answer in shown) == ["a", "b"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.floats(0, 1)), max_size=20), st.integers(1, 4))
 def test_as_many_as_there_are_photographs_and_none_twice(answers: list[tuple[str, float]], number: int) -> None:
     shown = [answer.photograph for kind in choose(ranked(*answers), number).values() for answer in kind]

@@ -96,7 +96,7 @@ QUESTIONS = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(QUESTIONS, st.randoms())
 def test_neither_the_order_of_questions_nor_that_of_masks_changes_anything(questions, random) -> None:
     first, second = GeneralizedReferringSegmentationScore(), GeneralizedReferringSegmentationScore()
@@ -108,7 +108,7 @@ def test_neither_the_order_of_questions_nor_that_of_masks_changes_anything(quest
     assert first.compute()["clean"] == second.compute()["clean"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(QUESTIONS)
 def test_refusing_everything(questions) -> None:
     score = GeneralizedReferringSegmentationScore()

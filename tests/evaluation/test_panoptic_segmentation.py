@@ -207,7 +207,7 @@ def images(draw):
     return result
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(images(), st.randoms())
 def test_neither_the_order_of_images_nor_that_of_segments_changes_anything(data, random) -> None:
     first = scored(*data)
@@ -215,7 +215,7 @@ def test_neither_the_order_of_images_nor_that_of_segments_changes_anything(data,
     assert scored(*shuffled)["clean"] == pytest.approx(first["clean"], abs=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(images())
 def test_the_truth_as_prediction_is_perfect(data) -> None:
     result = scored(
@@ -225,7 +225,7 @@ def test_the_truth_as_prediction_is_perfect(data) -> None:
         assert result["clean"].get(name, 1.0) == pytest.approx(1.0, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(images())
 def test_pq_by_pixel_sets(data) -> None:
     """The definition once more, over sets of pixels, one painted label map for each image."""

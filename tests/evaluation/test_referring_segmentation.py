@@ -127,7 +127,7 @@ def test_rle_and_arrays_are_the_same() -> None:
     assert others == [first, first]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(PAIRS, st.randoms())
 def test_neither_order_nor_a_swap_of_prediction_and_truth_changes_anything(pairs, random) -> None:
     scores = [ReferringSegmentationScore() for _ in range(3)]
@@ -142,7 +142,7 @@ def test_neither_order_nor_a_swap_of_prediction_and_truth_changes_anything(pairs
     assert all(0 <= value <= 1 for name, value in first.items() if name not in ("questions", "missing", "surplus"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(PAIRS, hnp.arrays(np.bool_, (3, 4)))
 def test_more_of_the_target_never_lowers_anything(pairs, more) -> None:
     before, after = ReferringSegmentationScore(), ReferringSegmentationScore()
@@ -153,7 +153,7 @@ def test_more_of_the_target_never_lowers_anything(pairs, more) -> None:
         assert all(after.compute()[mode][name] >= value - 1e-6 for name, value in values.items())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(PAIRS, MASKS)
 def test_what_is_predicted_on_ignored_pixels_does_not_matter(pairs, ignored) -> None:
     scores = [ReferringSegmentationScore() for _ in range(3)]

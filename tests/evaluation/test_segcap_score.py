@@ -304,7 +304,7 @@ IMAGES = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(IMAGES, st.randoms(use_true_random=False))
 def test_the_order_of_images_and_objects_changes_nothing_in_clean(images, random) -> None:
     before = scored(*images)["clean"]
@@ -317,7 +317,7 @@ def test_the_order_of_images_and_objects_changes_nothing_in_clean(images, random
     assert score.compute()["clean"] == pytest.approx(before, abs=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(IMAGES, INTERVALS, st.integers(0, 4))
 def test_one_more_wrong_mask_never_raises_recall(images, interval, place) -> None:
     """Wherever it stands and whatever it covers; in parity it can only end the image earlier."""
@@ -328,7 +328,7 @@ def test_one_more_wrong_mask_never_raises_recall(images, interval, place) -> Non
     assert after["parity"]["mask_recall"] <= before["parity"]["mask_recall"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(IMAGES)
 def test_the_references_as_predictions_are_perfect(images) -> None:
     images = [[(noun, min(start, 9), max(end, start + 1)) for noun, start, end in truth] for _, truth in images]

@@ -73,7 +73,7 @@ def test_the_tolerance_is_a_fraction_of_the_diagonal_rounded_up(shift, inside) -
     assert boundary_accuracy(box(20, 33), BOX, tolerance=3) == 1.0  # from 1 on in pixels
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(MASKS, st.data(), st.sampled_from([0.008, 0.1, 0.3, 2, 3]))
 def test_boundary_accuracy_is_that_of_dilation_by_a_disk(target, data, tolerance) -> None:
     prediction = data.draw(hnp.arrays(np.bool_, target.shape))
@@ -129,7 +129,7 @@ VIDEOS = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(VIDEOS, st.randoms())
 def test_neither_the_order_of_objects_nor_a_swap_changes_j_and_f(videos, random) -> None:
     first = scored(*(zip(*frames, strict=True) for frames in videos))

@@ -127,7 +127,7 @@ def test_roi_align_equals_the_loops(name: str) -> None:
 side = st.floats(-4, 14, width=32)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.tuples(side, side, side, side), st.sampled_from([(1, 1), (1, 6), (5, 2), (8, 8)]))
 def test_roi_align_equals_the_loops_for_any_box(corners: tuple[float, ...], shape: tuple[int, int]) -> None:
     (left, right), (top, bottom) = sorted(corners[::2]), sorted(corners[1::2])

@@ -94,7 +94,7 @@ def test_cutting_long_pictures_first_changes_nothing(tiny, rest: int) -> None:
 # ---------------------------------------------------------------------- masks
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 100))
 def test_masks_come_out_as_sams_own_post_processing_has_it(tiny, height: int, width: int, seed: int) -> None:
     side = 64

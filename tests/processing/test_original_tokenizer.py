@@ -167,14 +167,14 @@ TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=14).map(
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(text=TEXTS)
 @example(text="x\x1c[SEG]\x1cx<p>\x1d </p>\x1e\x1f")
 def test_every_text_has_the_original_ids(model, reloaded, name: str, text: str) -> None:
     assert ids_of(reloaded[name], text) == reference_ids(model, VOCABULARIES[name], text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text("ab ▁", max_size=60))
 def test_ties_of_the_merges_break_alike(model, reloaded, text: str) -> None:
     """Pieces that can be made in several ways, such as runs of spaces, are made as SentencePiece makes them."""

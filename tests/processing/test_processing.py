@@ -317,7 +317,7 @@ FRAGMENTS = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join), min_size=1, max_size=3))
 def test_no_combination_of_fragments_is_a_control_token(tiny, texts: list[str]) -> None:
     content = [{"type": "text", "text": text} for text in texts]

@@ -97,7 +97,7 @@ def test_the_view_is_where_the_image_processor_looks(name: str, size: tuple[int,
         np.testing.assert_allclose(seen, expected, atol=max(1.0, side / 150))  # 8 bits: a step is side / 200 pixels
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @example((8, 8), [0.0, 0.0, 1.0, 1e-60])  # higher than 0, but not as float32
 @given(st.tuples(st.integers(8, 300), st.integers(8, 300)), st.lists(st.floats(0, 1), min_size=4, max_size=4))
 def test_boxes_stay_in_order_and_within_the_frame(size: tuple[int, int], corners: list[float]) -> None:

@@ -30,7 +30,7 @@ def test_known_values(mask, rle):
     np.testing.assert_array_equal(decode_mask(rle), mask)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(masks)
 def test_round_trip_through_json(mask):
     rle = json.loads(json.dumps(encode_mask(mask)))
@@ -92,7 +92,7 @@ def test_decode_refuses(rle, message):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools on numpy 2
-@settings(max_examples=2_000, deadline=None)
+@settings(max_examples=2_000)
 @given(
     st.tuples(st.integers(1, 6), st.integers(1, 6)),
     st.text(st.characters(codec="utf-8", max_codepoint=0x80), max_size=8),

@@ -121,7 +121,7 @@ def segcaps(draw):
     return SegCap(answer.text, answer.clean_text, segments, shape)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(segcaps())
 def test_json_round_trip_is_lossless(result):
     loaded = SegCap.from_dict(json.loads(json.dumps(result.to_dict())))
@@ -425,7 +425,7 @@ def test_mask_outline_values(mask, path):
     assert mask_outline(np.array(mask, dtype=bool)) == path
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9)))
 def test_mask_outline_encloses_exactly_the_mask(mask):
     ys, xs = np.indices(mask.shape)

@@ -148,13 +148,13 @@ def check_parsed(pieces, parsed):
     assert not re.search(r"[^\S\n]{2}|[^\S\n ]| \n|\n |^\s|\s$", parsed.clean_text)
 
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000)
 @given(pieces_lists)
 def test_parse_keeps_masks_and_phrases_aligned(pieces):
     check_parsed(pieces, parse(pieces, query="QUERY"))
 
 
-@settings(max_examples=2_000, deadline=None)
+@settings(max_examples=2_000)
 @given(st.one_of(raw_strings, st.text(max_size=30)))
 def test_parse_of_a_string_equals_parse_of_its_pieces(text):
     pieces = [(part, part in CONTROL_TOKENS) for part in re.split(r"(<image>|\[SEG\]|<p>|</p>)", text)]
@@ -163,7 +163,7 @@ def test_parse_of_a_string_equals_parse_of_its_pieces(text):
     check_parsed(pieces, parse(text, "QUERY"))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(phrases, min_size=1, max_size=5))
 def test_rendered_phrases_are_parsed_back(given_phrases):
     words = [" ".join(phrase.split()) for phrase in given_phrases]
@@ -244,7 +244,7 @@ def test_escape_refuses_tokens_that_a_space_cannot_break(token):
         escape_control_tokens("the box x  ", [token])
 
 
-@settings(max_examples=2_000, deadline=None)
+@settings(max_examples=2_000)
 @given(
     raw_strings,
     st.sets(st.sampled_from([*CONTROL_TOKENS, "<region>", "</s>", "< p>", "[ SEG]", "dog", "aa", "p> <p>"])),

@@ -324,7 +324,7 @@ def test_one_sentence_is_enough_about_an_object() -> None:
     assert codes(text) == ["C5"] and codes(text, whole_image=False) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.sampled_from(

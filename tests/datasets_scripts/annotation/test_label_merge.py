@@ -222,7 +222,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(THINGS, CONFIGS)
 def test_merged_trees(things: list[Thing], config: MergingConfig) -> None:
     geometry, labels = labelled(*things)

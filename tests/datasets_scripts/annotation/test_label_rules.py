@@ -284,7 +284,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text() | _JSON.map(json.dumps) | _JSON.map(lambda value: json.dumps({"objects": value})))
 def test_any_answer_is_judged_without_an_error(answer: str) -> None:
     verdict = judge_labels(answer, facts(*IDS), {"m0001": "dog"})

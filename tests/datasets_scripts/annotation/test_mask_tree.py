@@ -285,7 +285,7 @@ def masks_of(shapes: list[Any]) -> list[InputMask]:
     return [InputMask(k, encode_mask(drawn(s)), predicted_iou=1 - k / 1000) for k, s in enumerate(shapes)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SHAPES)
 def test_a_forest_in_strict_order_of_area(shapes: list[Any]) -> None:
     masks = masks_of(shapes)
@@ -320,7 +320,7 @@ def test_a_forest_in_strict_order_of_area(shapes: list[Any]) -> None:
     assert depths == sorted(depths)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SHAPES, st.randoms(use_true_random=False))
 def test_the_order_of_the_input_changes_only_ids(shapes: list[Any], rng: Any) -> None:
     unique = {
@@ -341,7 +341,7 @@ def test_the_order_of_the_input_changes_only_ids(shapes: list[Any], rng: Any) ->
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(SHAPES, st.integers(0, 3), st.integers(0, 4), st.integers(0, 8))
 def test_caps_keep_parents(shapes: list[Any], level1: int, below: int, total: int) -> None:
     masks = masks_of(shapes)
@@ -354,7 +354,7 @@ def test_caps_keep_parents(shapes: list[Any], level1: int, below: int, total: in
     assert sum(reason == "cap" for reason in reasons_of(geometry).values()) == len(everything) - len(kept)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     arrays(bool, st.tuples(st.integers(1, 150), st.integers(1, 40)), elements=st.booleans(), fill=st.booleans()),
     st.integers(1, 200),
@@ -380,7 +380,7 @@ def test_the_grid_takes_the_pixels_in_the_middle_of_its_cells(pixels: np.ndarray
     assert (unpacked[y1 - start : y2 - start] == expected[y1:y2, x1:x2]).all() and unpacked.sum() == expected.sum()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(*[st.integers(0, 299)] * 2, *[st.integers(1, 200)] * 2), min_size=2, max_size=6))
 def test_shared_cells_are_counted(boxes: list[tuple[int, int, int, int]]) -> None:
     # Higher than two words, so that pairs start and end in different ones.
@@ -398,7 +398,7 @@ def test_shared_cells_are_counted(boxes: list[tuple[int, int, int, int]]) -> Non
     assert seen == expected
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=24), st.integers(1, 6))
 def test_extent_of_any_runs(runs: list[int], height: int) -> None:
     """Runs of no pixels, which no encoder writes, change nothing."""

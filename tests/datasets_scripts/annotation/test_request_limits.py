@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mglmm.datasets_scripts.annotation.chat import BudgetSpent, Interrupted
@@ -30,7 +30,6 @@ def most_in_a_minute(sent: Sequence[tuple[float, int]]) -> int:
 gaps = st.floats(0, 90, allow_nan=False)
 
 
-@settings(deadline=None)
 @given(st.lists(gaps, min_size=1, max_size=30), st.integers(1, 5))
 def test_no_minute_has_more_requests_than_the_limit_and_none_waits_longer_than_it_must(
     arrivals: list[float], limit: int
@@ -51,7 +50,6 @@ def test_no_minute_has_more_requests_than_the_limit_and_none_waits_longer_than_i
     assert most_in_a_minute(asyncio.run(run())) <= limit
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(gaps, st.integers(1, 100), st.floats(0, 1)), min_size=1, max_size=30))
 def test_no_minute_has_more_tokens_than_the_limit(requests: list[tuple[float, int, float]]) -> None:
     async def run() -> list[tuple[float, int]]:
@@ -93,7 +91,6 @@ def test_tokens_per_minute_count_by_cost_once_it_is_known(tokens: list[tuple[int
     assert asyncio.run(run()) == waited
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1), st.integers(0, 5), st.booleans()), max_size=25),
     st.integers(1, 400),

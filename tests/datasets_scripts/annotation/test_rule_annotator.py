@@ -133,7 +133,7 @@ boxes = st.tuples(shares, shares, shares, shares)
 labels = st.sampled_from(LABELS) | st.from_regex(r"[a-z]{1,9}([ '-][a-z]{1,7}){0,3}", fullmatch=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(labels | st.text("abc XYZ-_.1|é'", max_size=50), boxes, shares, labels | st.just("whole image")),
@@ -164,7 +164,7 @@ def target_lists(draw: st.DrawFn) -> list[TargetFacts]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(target_lists(), labels, st.integers(1, 3))
 def test_contexts_keep_all_rules(targets: list[TargetFacts], subject: str, count: int) -> None:
     flat = [TargetFacts(each.id, each.label, each.count, each.box, "") for each in targets]
