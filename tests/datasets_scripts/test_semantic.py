@@ -106,7 +106,7 @@ def test_ade20k_rows_are_as_written_here(write: Callable[..., ClassMaps]) -> Non
             {"role": "assistant", "content": "Sure, <p> sky </p> [SEG]."},
             {"role": "user", "content": "Good, now show me the car."},
             {"role": "assistant", "content": "Sure, <p> the car </p> [SEG]."},
-            {"role": "user", "content": "From this photo, cut out the car on the left."},
+            {"role": "user", "content": "Make a stencil of the car on the left."},
             {"role": "assistant", "content": "Sure, <p> the car on the left </p> [SEG]."},
         ],
         "masks": [box_rle(SIZE, TOP), box_rle(SIZE, LEFT), box_rle(SIZE, LEFT)],
